@@ -1,0 +1,213 @@
+"""The sidecar: one safetensors file beside a checkpoint, with its statistics (format 1).
+
+`<checkpoint>.mats.safetensors` can be read with safetensors alone:
+
+- tensors, raw sums: "diagonal_fisher/<parameter>" in the parameter's shape; "A/<group>",
+  "G/<module>" and "block_fisher/<parameter>" as the packed upper triangle, row by row, of a
+  symmetric (d, d) matrix: d (d + 1) / 2 numbers; "a/<group>" (d_in,), the sum of the inputs;
+- metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
+  `examples`; `positions` (group -> count); `inputs` (module -> group whose A it shares); `info`:
+  `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`, `global_step`, `mask`,
+  `kinds`, `coverage` (a row for each trainable parameter: shape, statistics, reason), `tied`,
+  `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256 of the weights that it
+  belongs to), `versions`.
+
+Divide sums by `examples` (A and a by their group's positions) to have what the README defines.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, Statistics
+
+SUFFIX = ".mats.safetensors"
+FORMAT, FORMAT_VERSION = "mats_lightning", 1
+PACKED = (INPUT, OUTPUT, BLOCK)
+
+
+def sidecar_path(checkpoint: str | os.PathLike[str]) -> Path:
+    """'val_loss=0.31.ckpt' -> 'val_loss=0.31.ckpt.mats.safetensors'."""
+    path = Path(checkpoint)
+    return path.with_name(path.name + SUFFIX)
+
+
+def digest(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """name -> SHA-256 of the tensor's dtype, shape and bytes."""
+    return {name: _digest(tensor) for name, tensor in weights.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    tensor = tensor.detach().cpu().contiguous()
+    sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a file means."""
+    return {name: version(name) for name in ("mats_lightning", "torch", "lightning")}
+
+
+def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+    """Write to a temporary name and rename: a kill leaves the old file or the new one.
+
+    Raises ValueError when a sum is not finite: such statistics would ruin a merge.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    for key in statistics.tensors:
+        tensor = statistics.tensors[key].detach().cpu()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: '{key}' has NaN or inf: a loss or gradient was not finite")
+        tensors[key] = _pack(tensor) if key.split("/")[0] in PACKED else tensor.contiguous()
+    described = {
+        "examples": statistics.examples,
+        "positions": statistics.group_positions,
+        "inputs": statistics.inputs,
+        "info": statistics.info,
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "statistics": json.dumps(described),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)` beside `path`, flushed to disk, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """The statistics of a sidecar (or of the checkpoint beside which it lies).
+
+    Tensors are read when they are accessed, one at a time. Raises FileNotFoundError when there
+    is none, and ValueError for a damaged file, another or a newer format, or a sidecar without
+    examples.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIX):
+        path = sidecar_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no statistics at {path}: train with MaTSStatsCallback in the Trainer's callbacks,"
+            " or take them now with collect_statistics(...) and save_statistics(...)"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or truncated ({error}); copy it again or take the statistics anew"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file without statistics of mats_lightning")
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {metadata['format_version']}, this mats_lightning reads"
+            f" up to {FORMAT_VERSION}: upgrade mats_lightning"
+        )
+    described = json.loads(metadata["statistics"])
+    if not described["examples"]:
+        raise ValueError(
+            f"{path} holds no examples: its checkpoint was saved before the capture window"
+            " (last_n_epochs); use a later checkpoint or collect_statistics(...)"
+        )
+    return Statistics(
+        SidecarTensors(path, keys),
+        described["examples"],
+        described["positions"],
+        described["inputs"],
+        described["info"],
+    )
+
+
+class SidecarTensors(Mapping[str, Tensor]):
+    """The raw sums of a sidecar, each read, unpacked and checked when it is asked for."""
+
+    def __init__(self, path: Path, keys: list[str]) -> None:
+        self.path, self._keys = path, dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(f"{self.path} has no '{key}'")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: '{key}' cannot be read ({error})") from error
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
+        return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: str) -> None:
+    """Statistics and weights are of one model: names, shapes and digests agree.
+
+    `what` names the model in the error. Raises ValueError for another architecture (a parameter
+    is missing or has another shape) and for other weights.
+    """
+    shapes = {row["name"]: tuple(row["shape"]) for row in statistics.info.get("coverage", [])}
+    for name, expected in statistics.info.get("digest", {}).items():
+        if name not in weights:
+            raise ValueError(
+                f"{what}: its statistics are of another architecture: they cover '{name}'"
+                f" {shapes.get(name, '')}, which the checkpoint does not have"
+            )
+        tensor = weights[name]
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{what}: its statistics are of another architecture: '{name}' has shape"
+                f" {shapes[name]} there and {tuple(tensor.shape)} in the checkpoint"
+            )
+        if _digest(tensor) != expected:
+            raise ValueError(
+                f"{what}: its statistics belong to other weights: the digest of '{name}' is"
+                f" {expected[:12]}..., the checkpoint's is {_digest(tensor)[:12]}...; use the"
+                " sidecar that was saved with this checkpoint, or collect_statistics(...)"
+            )
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    """(d, d) symmetric -> (d (d + 1) / 2,), the upper triangle row by row."""
+    d = matrix.shape[0]
+    return torch.cat([matrix[i, i:] for i in range(d)])
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    d = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+    matrix = packed.new_empty(d, d)
+    start = 0
+    for i in range(d):
+        row = packed[start : start + d - i]
+        matrix[i, i:] = row
+        matrix[i:, i] = row
+        start += d - i
+    return matrix

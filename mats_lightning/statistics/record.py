@@ -1,0 +1,121 @@
+"""Statistics: raw sums with their counts, divided once, on access."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+# A raw sum's key is "<kind>/<name>". The kinds, and what their names are:
+DIAGONAL = "diagonal_fisher"  # parameter -> sum_n grad_n^2, shape of the parameter
+BLOCK = "block_fisher"  # parameter -> sum_n grad_n grad_n^T, (d, d)
+INPUT = "A"  # input group -> sum over positions of a a^T, (d_in, d_in)
+INPUT_SUM = "a"  # input group -> sum over positions of a, (d_in,)
+OUTPUT = "G"  # module -> sum over positions of g g^T, (d_out, d_out)
+
+
+class View(Mapping[str, T], Generic[T]):
+    """A read-only mapping whose values are computed when they are asked for."""
+
+    def __init__(self, what: str, names: list[str], get: Callable[[str], T]) -> None:
+        self._what, self._names, self._get = what, dict.fromkeys(names), get
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            known = ", ".join(list(self._names)[:3]) or "none at all"
+            raise KeyError(f"no {self._what} of '{name}'; there are: {known}, ...")
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Curvature statistics of one model on one task (MaTS, arXiv 2312.04339, section 3).
+
+    With N examples, R positions an example, a layer's input a and g = d loss_n / d output:
+
+    - `diagonal_fisher[parameter]` = 1/N sum_n (sum_r g a^T)^2, the parameter's shape;
+    - `gram[module]` = A = 1/positions sum a a^T, (d_in, d_in);
+    - `kfac[module]` = (A, G) with G = 1/N sum_nr g g^T, (d_out, d_out): K-FAC, expand;
+    - `block_fisher[parameter]` = 1/N sum_n grad_n grad_n^T of a vector, (d, d).
+
+    `tensors` holds the raw sums under "<kind>/<name>"; it may be lazy (`load_statistics`).
+    Two records of the same model add with `+`: epochs, shards, ranks.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: int = 0
+    # input group -> positions seen; a group is named after its first module
+    group_positions: dict[str, int] = field(default_factory=dict)
+    # module -> the group whose input it shares (q, k and v of an attention have one)
+    inputs: dict[str, str] = field(default_factory=dict)
+    # how they were taken: loss, Fisher kind, epochs, coverage, digest of the weights, versions
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def _named(self, kind: str) -> list[str]:
+        return [key.removeprefix(f"{kind}/") for key in self.tensors if key.startswith(f"{kind}/")]
+
+    def _mean(self, kind: str, name: str) -> Tensor:
+        return self.tensors[f"{kind}/{name}"] / self.examples
+
+    def _gram(self, module: str) -> Tensor:
+        group = self.inputs[module]
+        return self.tensors[f"{INPUT}/{group}"] / self.group_positions[group]
+
+    @property
+    def diagonal_fisher(self) -> View[Tensor]:
+        names = self._named(DIAGONAL)
+        return View("diagonal Fisher", names, lambda name: self._mean(DIAGONAL, name))
+
+    @property
+    def block_fisher(self) -> View[Tensor]:
+        return View("block Fisher", self._named(BLOCK), lambda name: self._mean(BLOCK, name))
+
+    @property
+    def gram(self) -> View[Tensor]:
+        return View("Gram matrix", list(self.inputs), self._gram)
+
+    @property
+    def kfac(self) -> View[tuple[Tensor, Tensor]]:
+        names = [name for name in self._named(OUTPUT) if name in self.inputs]
+        return View("K-FAC factors", names, lambda m: (self._gram(m), self._mean(OUTPUT, m)))
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """module -> positions (tokens that the mask leaves) that its Gram matrix is a mean of."""
+        return {module: self.group_positions[group] for module, group in self.inputs.items()}
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        if not self.examples or not other.examples:
+            return other if other.examples else self
+        kinds = {key for key in self.tensors if not key.startswith((f"{INPUT}/", f"{INPUT_SUM}/"))}
+        theirs = {key for key in other.tensors if not key.startswith((f"{INPUT}/", f"{INPUT_SUM}/"))}
+        if different := sorted(kinds ^ theirs) or sorted(set(self.inputs) ^ set(other.inputs)):
+            raise ValueError(
+                f"these statistics do not cover the same: '{different[0]}' is in one of the two"
+                f" only ({len(different)} such); add statistics of one model and one selection"
+            )
+        tensors = {key: self.tensors[key] + other.tensors[key] for key in sorted(kinds)}
+        # Two modules share an input in the sum if they share it in both parts.
+        inputs: dict[str, str] = {}
+        positions: dict[str, int] = {}
+        owner: dict[tuple[str, str], str] = {}
+        for module, group in self.inputs.items():
+            pair = (group, other.inputs[module])
+            inputs[module] = owner.setdefault(pair, module)
+            if inputs[module] != module:
+                continue
+            positions[module] = self.group_positions[pair[0]] + other.group_positions[pair[1]]
+            for kind in (INPUT, INPUT_SUM):
+                tensors[f"{kind}/{module}"] = (
+                    self.tensors[f"{kind}/{pair[0]}"] + other.tensors[f"{kind}/{pair[1]}"]
+                )
+        examples = self.examples + other.examples
+        return Statistics(tensors, examples, positions, inputs, dict(self.info))

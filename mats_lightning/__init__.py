@@ -1,7 +1,27 @@
-"""Statistics from fine-tuning runs; models merged from them (MaTS, arXiv 2312.04339)."""
+"""Statistics from fine-tuning runs, and models merged from them (MaTS, arXiv 2312.04339).
 
+    training batch -> capture: a, g -> statistics: sums, counts
+       -> sidecar: <checkpoint>.mats.safetensors
+       -> operators: C_i -> solvers: (sum C_i) theta = sum C_i theta_i -> merging: state dict
+       -> MergeModule: trainer.test, metrics a task -> report: table, plots
+                                                    -> export: a model that others can load
+
+Each arrow goes one way, and each noun is one module.
+"""
+
+from mats_lightning import merging
 from mats_lightning.callback import MaTSStatsCallback
+from mats_lightning.module import MergeModule
 from mats_lightning.sidecar import load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
+from mats_lightning.tasks import Task
 
-__all__ = ["MaTSStatsCallback", "Statistics", "load_statistics", "save_statistics"]
+__all__ = [
+    "MaTSStatsCallback",
+    "MergeModule",
+    "Statistics",
+    "Task",
+    "load_statistics",
+    "merging",
+    "save_statistics",
+]

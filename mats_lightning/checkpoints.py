@@ -161,13 +161,32 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _lightning_state_dict(path: Path) -> dict[str, Tensor]:
+    checkpoint = _torch_load(path)
+    if not isinstance(checkpoint, dict):
+        found = f"a {type(checkpoint).__name__}"
+    elif not isinstance(checkpoint.get("state_dict"), dict):
+        found = _shorten([str(key) for key in checkpoint])
+    else:
+        state_dict: dict[str, Any] = checkpoint["state_dict"]
+        others = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
+        if others:
+            warnings.warn(f"{path}: left out, as no tensors: {_shorten(others)}", stacklevel=3)
+        return {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    raise ValueError(
+        f"{path} has no 'state_dict': expected a Lightning checkpoint, found {found}. "
+        "Save a bare state dict as {'state_dict': ...}, or as a .safetensors file"
+    )
+
+
+def _torch_load(path: Path) -> object:
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        refused = ", ".join(classes) or _first_line(error)
         raise ValueError(
-            f"{path} holds pickled objects that torch.load(weights_only=True) refuses: "
-            f"{', '.join(classes) or _first_line(error)}; expected tensors and plain values. Save it with "
+            f"{path} holds pickled objects that torch.load(weights_only=True) refuses: {refused}; "
+            "expected tensors and plain values. Save it with "
             "ModelCheckpoint(save_weights_only=True), without such objects among the "
             "hyper-parameters, or, if you trust the file, allow the classes with "
             "torch.serialization.add_safe_globals"
@@ -175,21 +194,9 @@ def _lightning_state_dict(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: expected a complete file of torch.save in its "
-            f"zip format, found {path.stat().st_size} bytes ({_first_line(error)}). It may "
-            "have been cut off: copy or save it again"
+            f"zip format, found {path.stat().st_size} bytes ({_first_line(error)}). It may have "
+            "been cut off: copy or save it again"
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        kind = type(checkpoint).__name__
-        found = _shorten([str(key) for key in checkpoint]) if isinstance(checkpoint, dict) else f"a {kind}"
-        raise ValueError(
-            f"{path} has no 'state_dict': expected a Lightning checkpoint, found {found}. "
-            "Save a bare state dict as {'state_dict': ...}, or as a .safetensors file"
-        )
-    state_dict = checkpoint["state_dict"]
-    others = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-    if others:
-        warnings.warn(f"{path}: left out, as no tensors: {_shorten(others)}", stacklevel=3)
-    return {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def _what_is_in(folder: Path) -> str:

@@ -1,0 +1,27 @@
+"""The simple average: C_i = I."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_weights,
+    parameters,
+    weighted_mean,
+)
+
+
+def average(
+    thetas: Sequence[Weights], *, weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """sum w_i theta_i / sum w_i, parameter by parameter.
+
+    Raises ValueError for models that do not fit together or bad weights.
+    """
+    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    merged: dict[str, Tensor] = {}
+    for name, tensors in parameters(names, thetas, merged):
+        merged[name] = weighted_mean(tensors, w).to(thetas[0][name].dtype)
+    return merged

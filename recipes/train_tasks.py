@@ -1,0 +1,170 @@
+"""Fine-tune the tasks of the comparison that are missing; keep those that are there.
+
+Each task has a folder named by its own name and by a digest of everything that decides the
+result: the settings, the weights it starts from, and its training rows. So a run with other
+settings trains again beside the earlier one, and checkpoints of different settings never meet.
+
+    <output_dir>/tasks/trec-3fa95c01/settings.json                 what the digest stands for
+                                     resume/epoch=0.ckpt           until the task is finished
+                                     model.ckpt                    the weights
+                                     model.ckpt.mats.safetensors   the statistics
+                                     result.json                   written last: it is finished
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from merge_options import Options, TaskOptions
+from text_data import TextData
+from text_model import TextClassifier
+from torch import Tensor
+
+from mats_lightning import MaTSStatsCallback
+from mats_lightning.sidecar import sidecar_path
+
+__all__ = ["TrainedTask", "task_data", "task_module", "train_task"]
+
+
+class TrainedTask(NamedTuple):
+    """A finished fine-tune: where it is, what it took, and whether this run had to do it."""
+
+    checkpoint: Path
+    seconds: float
+    trained_now: bool
+
+
+def task_data(options: Options, task: TaskOptions) -> TextData:
+    return TextData(
+        task=task.name if task.hub is None else None,
+        hub=task.hub,
+        model=options.model,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        train_rows=options.train_rows,
+        validation_rows=options.validation_rows,
+        test_rows=options.test_rows,
+        seed=options.seed,
+    )
+
+
+def task_module(options: Options, task: TaskOptions, data: TextData) -> TextClassifier:
+    """The task's model before training; tasks of one head group start with the same head."""
+    head = zlib.crc32((task.head_group or task.name).encode())
+    return TextClassifier(
+        data.num_classes,
+        backbone=options.model,
+        learning_rate=options.learning_rate,
+        head_seed=options.seed + head,
+    )
+
+
+def train_task(options: Options, task: TaskOptions, data: TextData) -> TrainedTask:
+    """The task's final checkpoint, with its statistics beside it.
+
+    It is kept when it is finished, resumed from its last epoch when it was interrupted, and
+    otherwise trained from the start.
+    """
+    module = task_module(options, task, data)
+    settings = task_settings(options, task, data, module)
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    folder = options.output_dir / "tasks" / f"{task.name}-{digest}"
+    checkpoint, result = folder / "model.ckpt", folder / "result.json"
+    if all(path.exists() for path in (result, checkpoint, sidecar_path(checkpoint))):
+        return TrainedTask(checkpoint, **json.loads(result.read_text()), trained_now=False)
+    if not folder.exists():
+        report_changes(folder, settings)
+        write_json(folder / "settings.json", settings)
+    started = time.perf_counter()
+    trainer = fit(options, module, data, folder / "resume")
+    trainer.save_checkpoint(checkpoint, weights_only=True)
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(result, {"seconds": seconds})
+    shutil.rmtree(folder / "resume")  # with the optimizer's state: twice the weights
+    return TrainedTask(checkpoint, seconds, trained_now=True)
+
+
+def fit(options: Options, module: TextClassifier, data: TextData, resume: Path) -> L.Trainer:
+    """Train with the statistics of the last epoch, from the newest checkpoint in `resume`."""
+    L.seed_everything(options.seed, verbose=False)
+    trainer = L.Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        max_epochs=options.epochs,
+        callbacks=[
+            MaTSStatsCallback(last_n_epochs=1),
+            ModelCheckpoint(resume, filename="{epoch}", save_on_train_epoch_end=True),
+            RichProgressBar(),
+        ],
+        logger=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=resume,
+    )
+    checkpoints = sorted(resume.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if checkpoints:
+        print(f"resuming from {checkpoints[-1]}")
+    trainer.fit(module, data, ckpt_path=checkpoints[-1] if checkpoints else None)
+    return trainer
+
+
+def task_settings(
+    options: Options, task: TaskOptions, data: TextData, module: TextClassifier
+) -> dict[str, Any]:
+    """All that decides what a fine-tune gives; the rows it is evaluated on are not among it."""
+    rows = data.rows["train"]
+    names = ("model", "epochs", "learning_rate", "batch_size", "max_length", "train_rows", "seed")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "hub": None if task.hub is None else asdict(task.hub),
+        "head_group": task.head_group,
+        "num_classes": data.num_classes,
+        "start_weights": digest_of(module.state_dict()),
+        "training_texts": hashlib.sha256(repr(rows.to_dict()).encode()).hexdigest()[:16],
+    }
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def report_changes(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say in which settings the newest earlier fine-tune of this task differs from `settings`."""
+    name = folder.name.rpartition("-")[0]
+    earlier = [
+        path
+        for path in folder.parent.glob(f"{name}-*/settings.json")
+        if re.fullmatch(re.escape(name) + "-[0-9a-f]{8}", path.parent.name)
+    ]
+    if earlier:
+        newest = max(earlier, key=lambda path: path.stat().st_mtime)
+        before = json.loads(newest.read_text())
+        changes = ", ".join(
+            f"{key} {before.get(key)} -> {value}"
+            for key, value in settings.items()
+            if before.get(key) != value
+        )
+        print(f"{name}: trained again, since {changes}; {newest.parent} stays as it is")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written to a temporary name and renamed: a kill leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

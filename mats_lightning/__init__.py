@@ -11,8 +11,9 @@ Each arrow goes one way, and each noun is one module.
 
 from mats_lightning import merging
 from mats_lightning.callback import MaTSStatsCallback
+from mats_lightning.collect import collect_statistics
 from mats_lightning.module import MergeModule
-from mats_lightning.sidecar import load_statistics, save_statistics
+from mats_lightning.sidecar import load_statistics, save_statistics, sidecar_path
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Task
 
@@ -21,7 +22,9 @@ __all__ = [
     "MergeModule",
     "Statistics",
     "Task",
+    "collect_statistics",
     "load_statistics",
     "merging",
     "save_statistics",
+    "sidecar_path",
 ]

@@ -33,7 +33,7 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
-from mats_lightning.sidecar import digest, save_statistics, sidecar_path, versions
+from mats_lightning.sidecar import describe, save_statistics, sidecar_path
 from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
 
 
@@ -269,24 +269,18 @@ class MaTSStatsCallback(Callback):
         assert self._coverage is not None
         statistics = self.statistics
         weights = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-        covered = [name for name, row in self._coverage.rows.items() if row.statistics]
-        loss = self.loss_reduction
-        mask = self.mask_fn or attention_mask
-        statistics.info = {
-            "fisher": "empirical",
-            "loss_reduction": loss if isinstance(loss, str) else getattr(loss, "__name__", "custom"),
-            "mode": "train",
-            "epochs": self._captured_epochs(),
-            "global_step": trainer.global_step,
-            "mask": getattr(mask, "__name__", "custom"),
-            "kinds": list(self.kinds),
-            "coverage": self._coverage.table(),
-            "tied": self._coverage.aliases,
-            "skipped_batches": sum(s.info["skipped_batches"] for s in self._epochs.values()),
-            "notes": list(self._notes),
-            "digest": digest({name: weights[name] for name in covered if name in weights}),
-            "versions": versions(),
-        }
+        statistics.info = describe(
+            self._coverage,
+            weights,
+            loss_reduction=self.loss_reduction,
+            mask=self.mask_fn or attention_mask,
+            mode="train",
+            kinds=list(self.kinds),
+            epochs=self._captured_epochs(),
+            global_step=trainer.global_step,
+            skipped_batches=sum(s.info["skipped_batches"] for s in self._epochs.values()),
+            notes=list(self._notes),
+        )
         try:
             save_statistics(statistics, sidecar_path(path))
         except ValueError as error:  # sums that are not finite: no sidecar is better than these

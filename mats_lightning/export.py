@@ -1,8 +1,9 @@
 """The merged model as a Hugging Face folder, with the tasks' heads and a card of the merge."""
 
+import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -25,7 +26,7 @@ class MergedTask(TypedDict):
     """One of the models that were merged, as the card names it."""
 
     name: str
-    checkpoint: str  # a name that says something to the reader, not a path of this machine
+    checkpoint: str  # a name for readers elsewhere, not a path on this machine
     metric: str
     examples: NotRequired[int | None]  # that its statistics were taken from
 
@@ -81,14 +82,7 @@ def export_huggingface(
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        for task, tensors in heads.items():
-            (partial / HEADS).mkdir(exist_ok=True)
-            save_file(
-                # clones, for save_file refuses tensors that share memory
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                partial / HEADS / f"{task}.safetensors",
-                metadata={"format": "pt"},
-            )
+        _save_heads(partial / HEADS, heads)
         readme.save(partial / README)
     except BaseException:
         _remove(partial)
@@ -125,7 +119,7 @@ def _check_names(tasks: Iterable[str]) -> None:
             or NOT_IN_FILE_NAMES.intersection(task)
             or task.strip(" ") != task
             or task.strip(".") != task
-            or not 0 < len(f"{task}.safetensors".encode()) - len(".safetensors") < 200
+            or not 0 < len(task.encode()) < 200
         ):
             raise ValueError(
                 f"task {task!r} cannot name its head's file, {HEADS}/{task}.safetensors: expected "
@@ -140,6 +134,14 @@ def _check_names(tasks: Iterable[str]) -> None:
             )
 
 
+def _save_heads(folder: Path, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for task, tensors in heads.items():
+        folder.mkdir(exist_ok=True)
+        # clones, for save_file refuses tensors that share memory
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(own, folder / f"{task}.safetensors", metadata={"format": "pt"})
+
+
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
@@ -152,21 +154,21 @@ def _card(
     tokenizer: "PreTrainedTokenizerBase | None",
     heads: Mapping[str, Mapping[str, Tensor]],
 ) -> ModelCard:
-    start = _base_model(card.base_model)
+    start = card.base_model
+    hub = start is not None and _is_hub_id(start)
+    if start is not None and not hub:
+        start = Path(start).name  # the rest of a path says nothing to others
     metadata = ModelCardData(
-        base_model=start if start == card.base_model else None,
+        base_model=start if hub else None,
         library_name="transformers",
         tags=["merge", "mats_lightning"],
     )
     recipe = {
         "merge_method": card.method,
-        "base_model": start,
+        **({} if start is None else {"base_model": start}),
         "models": [{"model": task["checkpoint"]} for task in card.tasks],
         "parameters": {name: _plain(value, name) for name, value in card.options.items()},
     }
-    if start is None:
-        del recipe["base_model"]
-    names = ", ".join(task["name"] for task in card.tasks)
     origin = f", fine-tuned from {start}" if start else ""
     return ModelCard(
         f"""---
@@ -175,10 +177,12 @@ def _card(
 
 # {title}
 
-One model for {len(card.tasks)} tasks ({names}): as many models{origin}, merged by
-[mats_lightning](https://pypi.org/project/mats_lightning/) without their data.
+{len(card.tasks)} models{origin}, one a task, merged into this one by mats_lightning without
+their data. Examples are those that a model's statistics were taken from; the score is the merged
+model's.
 
 {_task_table(card)}
+
 ## Merge
 
 ```yaml
@@ -190,18 +194,70 @@ Made with {", ".join(f"{name} {version}" for name, version in card.versions.item
 ## Use
 
 ```python
-{_snippet(model, tokenizer, heads)}
+{_snippet(model, tokenizer is not None, heads)}
 ```
+
+`folder` is where this file lies: the current folder, or what
+`huggingface_hub.snapshot_download` returned. A head is a mapping from name to tensor; how it is
+applied to the model's output is up to the module that it was trained in.
 """
     )
 
 
-def _base_model(name: str | None) -> str | None:
-    """A hub id as it is; of a path only the last part, for the rest says nothing to others."""
-    if name is None:
-        return None
+def _is_hub_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return Path(name).name
-    return Path(name).name if Path(name).exists() else name
+        return False
+    return not Path(name).exists()
+
+
+def _plain(value: object, option: str) -> object:
+    """`value` as YAML can say it."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, option) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, option) for key, item in value.items()}
+    raise ValueError(
+        f"option {option!r} of the card is or holds a {type(value).__name__}: expected numbers, "
+        "text, None, lists and mappings of them. Describe it in words"
+    )
+
+
+def _task_table(card: MergeCard) -> str:
+    scores = card.scores or {}
+    unknown = scores.keys() - {task["name"] for task in card.tasks}
+    if unknown:
+        raise ValueError(
+            f"the card has scores of {', '.join(sorted(unknown))}, which are not among its tasks: "
+            f"{', '.join(task['name'] for task in card.tasks)}. Name the tasks alike"
+        )
+    lines = ["| task | checkpoint | examples | metric | score |", "| :-- | :-- | --: | :-- | --: |"]
+    for task in card.tasks:
+        name, examples = task["name"], task.get("examples")
+        score = f"{scores[name]:.3f}" if name in scores else ""
+        cells = [name, task["checkpoint"], "" if examples is None else str(examples)]
+        cells += [task["metric"], score]
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _snippet(
+    model: "PreTrainedModel", tokenizer: bool, heads: Mapping[str, Mapping[str, Tensor]]
+) -> str:
+    """A program that loads what was exported, run in its folder."""
+    # AutoModel loads the model without a head; one with a head is loaded by its own class
+    loader = "AutoModel" if model.base_model is model else type(model).__name__
+    imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
+    lines = ['folder = "."', f"model = {loader}.from_pretrained(folder)"]
+    if tokenizer:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    if heads:
+        task, tensors = next(iter(heads.items()))
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        file = json.dumps(f"/{HEADS}/{task}.safetensors", ensure_ascii=False)
+        imports.insert(0, "from safetensors.torch import load_file")
+        lines.append(f"head = load_file(folder + {file})  # {shapes}")
+    return "\n".join([*imports, "", *lines])

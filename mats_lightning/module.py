@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +18,15 @@ from typing_extensions import override
 
 from mats_lightning import merging
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.export import MergeCard, export_huggingface
 from mats_lightning.merging import Block, MergeResult
 from mats_lightning.names import plain_name
+from mats_lightning.sidecar import versions
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Weights = Mapping[str, Tensor]
 METHODS: dict[str, Callable[..., Any]] = {
@@ -148,6 +154,67 @@ class MergeModule(pl.LightningModule):
         module = copy.deepcopy(self.tasks[task].module)
         module.load_state_dict({key: state[plain_name(key)] for key in module.state_dict()})
         return module
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the merged model as a Hugging Face folder: what AutoModel.from_pretrained loads.
+
+        The one transformers model inside of the tasks' modules is written with its config; all
+        that lies outside of it (heads) goes to heads/<task>.safetensors, and a card says how it
+        was merged. `tokenizer` is by default that of the tasks' module or data, if they have one.
+
+        Raises ValueError where there is no such model or several, or where it is not the same
+        for all tasks; FileExistsError for a folder that is not empty, without `overwrite`.
+        """
+        prefix = {name: self._backbone_prefix(task) for name, task in self.tasks.items()}
+        first = next(iter(self.tasks))
+        inside = [name for name in self._parts()[SHARED][0] if name.startswith(prefix[first])]
+        own = [n for n in self.tasks[first].weights if n.startswith(prefix[first])]
+        if len(set(prefix.values())) > 1 or len(own) != len(inside):
+            raise ValueError(
+                "export writes one model that all tasks share, and here parameters inside of"
+                f" '{prefix[first].rstrip('.')}' belong to single tasks; use model(task) instead"
+            )
+        merged = self.model(first).get_submodule(prefix[first].rstrip("."))
+        assert isinstance(merged, _pretrained_model())
+        heads = {}
+        for name in self.tasks:
+            state = self.state_of(name)
+            heads[name] = {k: v for k, v in state.items() if not k.startswith(prefix[first])}
+        if tokenizer is None:
+            task = self.tasks[first]
+            for owner in (task.module, task.data):
+                tokenizer = tokenizer or getattr(owner, "tokenizer", None)
+        card = MergeCard(
+            method=self.method,
+            options=self.options | ({"iterations": self._in_use} if self._in_use else {}),
+            tasks=[
+                {"name": name, "checkpoint": Path(task.checkpoint).name, "metric": task.metric}
+                for name, task in self.tasks.items()
+            ],
+            base_model=merged.config.name_or_path or None,
+            versions=versions(),
+            scores=self.scores or None,
+        )
+        return export_huggingface(folder, merged, tokenizer, heads, card, overwrite)
+
+    def _backbone_prefix(self, task: Task) -> str:
+        found: list[str] = []
+        kind = _pretrained_model()
+        for name, module in task.module.named_modules():
+            inside = any(name.startswith(f"{outer}.") for outer in found)
+            if isinstance(module, kind) and not inside:
+                found.append(name)
+        if len(found) != 1:
+            raise ValueError(
+                f"task '{task.name}': export needs one transformers model inside of"
+                f" {type(task.module).__name__}, found {len(found)}"
+            )
+        return f"{plain_name(found[0])}."
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -381,6 +448,12 @@ class MergeModule(pl.LightningModule):
 
 
 SHARED = "shared parameters"
+
+
+def _pretrained_model() -> type[Any]:
+    from transformers import PreTrainedModel  # seconds to import: only an export needs it
+
+    return PreTrainedModel
 
 
 def _is_path(pretrained: Any) -> bool:

@@ -23,13 +23,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, Statistics
+from mats_lightning.batches import LossReduction, MaskFn
+from mats_lightning.statistics import Coverage, Statistics
+from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT
 
 SUFFIX = ".mats.safetensors"
 FORMAT, FORMAT_VERSION = "mats_lightning", 1
@@ -54,9 +57,35 @@ def _digest(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
+def describe(
+    coverage: Coverage,
+    weights: Mapping[str, Tensor],
+    *,
+    loss_reduction: LossReduction,
+    mask: MaskFn,
+    **how: Any,
+) -> dict[str, Any]:
+    """The `info` of statistics taken of the model with these `weights`; `how` adds to it."""
+    covered = [name for name, row in coverage.rows.items() if row.statistics and name in weights]
+    return {
+        "fisher": "empirical",
+        "loss_reduction": _name_of(loss_reduction),
+        "mask": _name_of(mask),
+        **how,
+        "coverage": coverage.table(),
+        "tied": coverage.aliases,
+        "digest": digest({name: weights[name] for name in covered}),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what a file means."""
     return {name: version(name) for name in ("mats_lightning", "torch", "lightning")}
+
+
+def _name_of(choice: Any) -> str:
+    return choice if isinstance(choice, str) else getattr(choice, "__name__", "custom")
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:

@@ -1,16 +1,22 @@
 """Merge by every method, choose its settings on validation rows, and test what was chosen."""
 
-import gc
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from merge_options import MethodOptions
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from mats_lightning import MergeModule, Task
@@ -18,21 +24,28 @@ from mats_lightning.report import Row
 
 __all__ = ["Attempt", "Comparison", "Outcome"]
 
-NOT_A_MERGE = ("individual", "pretrained")  # rows to compare with, not to export
+REFERENCES = ("individual", "pretrained")  # rows to compare with: nothing is merged
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One point of a method's grid, evaluated on the validation slices."""
+    """One point of a method's grid, on the validation slices."""
 
     settings: dict[str, Any]
     scores: dict[str, float]
-    merge_seconds: float | None  # None where an earlier attempt's merge passed through this one
-    evaluation_seconds: float
+    merge_seconds: float  # points that differ in `iterations` alone share one merge
+    validation_seconds: float
 
     @property
     def average(self) -> float:
         return mean(self.scores.values())
+
+    @property
+    def iterations(self) -> int:
+        """What `MergeModule.use` takes: 0 for a method without iterations."""
+        return int(self.settings.get("iterations", 0))
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,11 @@ class Outcome:
     scores: dict[str, float]
     test_seconds: float
     attempts: list[Attempt]
-    blocks: Mapping[str, Any]  # the merge's report a block, of its last iteration
+    blocks: Mapping[str, Any] = field(repr=False)  # reports of the merge's last iteration
 
     @property
     def row(self) -> Row:
-        """Numbers and flags as the settings: words, such as an objective, are in the label."""
+        """The label says which objective and preconditioner; the settings are the numbers."""
         settings = self.chosen.settings.items()
         words = [f"{name} {value}" for name, value in settings if isinstance(value, int | float)]
         return Row(self.label, ", ".join(words), self.scores)
@@ -58,26 +71,26 @@ class Outcome:
         return {
             "label": self.label,
             "method": self.method,
-            "chosen": self.chosen.settings,
+            "settings": self.chosen.settings,
             "validation_average": self.chosen.average,
-            "test_scores": self.scores,
             "test_average": mean(self.scores.values()),
+            "test_scores": self.scores,
             "test_seconds": self.test_seconds,
-            "attempts": [asdict(attempt) for attempt in self.attempts],
+            "grid": [asdict(attempt) for attempt in self.attempts],
         }
 
 
 class Comparison:
-    """Runs one method after the other over the same tasks, with one trainer for all evaluations.
+    """Runs the methods one after the other over the same tasks, with one trainer for all.
 
-    It holds at most three merges at a time: the best of all so far (`best`, to be exported), the
-    best of the method at work, and the one that is being evaluated.
+    Merges are dropped as soon as a better one is known: the best of all (`best`), the best of the
+    method at work and the newest are in memory, no others.
 
     Args:
-        tasks: the fine-tuned tasks; their rows are tokenised once.
+        tasks: the fine-tuned tasks; all evaluations share their data.
         pretrained: the weights that all tasks started from, by the names of their modules.
         pretrained_heads: the head that each head group started with.
-        accelerator: for the evaluations.
+        accelerator: for merging and evaluating.
     """
 
     def __init__(
@@ -99,39 +112,78 @@ class Comparison:
             enable_progress_bar=False,
         )
         self.individual: dict[str, float] | None = None
-        self.best: tuple[MergeModule, Attempt] | None = None
+        self.best: tuple[Outcome, MergeModule] | None = None
 
     def run(self, methods: Mapping[str, MethodOptions]) -> list[Outcome]:
         """The outcomes of the individual models, then of each method under its label."""
         methods = {"individual": MethodOptions("individual"), **methods}
-        evaluations = sum(method.size() + 1 for method in methods.values())
+        # a step is a merge, a point of a grid on validation, or a method on test
+        steps = sum(1 + len(counts) for m in methods.values() for _, counts in m.merges())
         outcomes = []
         with Progress(
+            SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        ) as progress:
-            bar = progress.add_task("", total=evaluations)
+            TextColumn("to go:"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        ) as self._progress:
+            self._bar = self._progress.add_task("", total=steps + len(methods))
             for label, method in methods.items():
-                progress.update(bar, description=label)
-                outcomes.append(self._compare(label, method, lambda: progress.advance(bar)))
-                if method.method == "individual":
-                    self.individual = outcomes[-1].scores
-                gc.collect()  # a module and its hooks refer to each other: free them now
+                outcomes.append(self._compare(label, method))
         return outcomes
 
-    def _compare(self, label, method, advance):
+    def _compare(self, label: str, method: MethodOptions) -> Outcome:
         attempts: list[Attempt] = []
-        best: tuple[MergeModule, Attempt] | None = None
+        kept: tuple[Attempt, MergeModule] | None = None
         for options, counts in method.merges():
-            module = MergeModule(
-                self.tasks,
-                method=method.method,
-                options=options,
-                pretrained=self.pretrained,
-                pretrained_heads=self.pretrained_heads,
-                individual=self.individual,
-            )
+            module = self._module(method.method, options)
+            device = self.trainer.strategy.root_device
+            _, merge_seconds = self._step(f"{label}: merge", module.merge, device, False)
+            for count in counts:
+                settings = {**options, "iterations": count} if count else options
+                module.use(count)
+                scores, seconds = self._step(
+                    f"{label}: validation", evaluate, module, self.trainer.validate
+                )
+                attempts.append(Attempt(settings, scores, merge_seconds, seconds))
+                if kept is None or attempts[-1].average > kept[0].average:
+                    kept = attempts[-1], module
+        assert kept is not None
+        chosen, module = kept
+        module.use(max(counts))
+        blocks = module.blocks
+        module.use(chosen.iterations)
+        scores, seconds = self._step(f"{label}: test", evaluate, module, self.trainer.test)
+        outcome = Outcome(label, method.method, chosen, scores, seconds, attempts, blocks)
+        if method.method == "individual":
+            self.individual = scores
+        better = self.best is None or chosen.average > self.best[0].chosen.average
+        if method.method not in REFERENCES and better:
+            self.best = outcome, module
+        return outcome
+
+    def _module(self, method: str, options: Mapping[str, Any]) -> MergeModule:
+        return MergeModule(
+            self.tasks,
+            method=method,
+            options=options,
+            pretrained=self.pretrained,
+            pretrained_heads=self.pretrained_heads,
+            individual=self.individual,
+        )
+
+    def _step(self, description: str, action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
+        """What `action` returns, and its seconds; shown in the progress bar."""
+        self._progress.update(self._bar, description=description)
+        started = time.perf_counter()
+        result = action(*arguments)
+        self._progress.advance(self._bar)
+        return result, round(time.perf_counter() - started, 2)
+
+
+def evaluate(module: MergeModule, run: Callable[..., Any]) -> dict[str, float]:
+    """The tasks' primary metrics; `run` is a trainer's `validate` or `test`."""
+    run(module, verbose=False)
+    return dict(module.scores)

@@ -49,16 +49,19 @@ class MethodOptions:
     options: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
 
-    def merges(self) -> Iterator[tuple[dict[str, Any], list[int | None]]]:
+    def merges(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """The options of each merge that the grid needs, and the iteration counts to look at.
 
-        One run of conjugate gradients passes through all its counts, so they are no merges apart.
+        One run of conjugate gradients passes through all its counts, so they need no merge each.
+        A method without iterations has the one count 0.
         """
         grid = dict(self.grid)
-        counts = grid.pop("iterations", [])
+        counts = grid.pop("iterations", None)
         for values in itertools.product(*grid.values()):
             options = {**self.options, **dict(zip(grid, values, strict=True))}
-            yield ({**options, "iterations": counts} if counts else options), counts or [None]
+            if counts is not None:
+                options["iterations"] = counts
+            yield options, counts or [options.get("iterations", 0)]
 
 
 @dataclass

@@ -6,8 +6,8 @@ settings trains again beside the earlier one, and checkpoints of different setti
 
     <output_dir>/tasks/trec-3fa95c01/settings.json                 what the digest stands for
                                      resume/epoch=0.ckpt           until the task is finished
-                                     model.ckpt                    the weights
-                                     model.ckpt.mats.safetensors   the statistics
+                                     trec.ckpt                     the weights
+                                     trec.ckpt.mats.safetensors    the statistics
                                      result.json                   written last: it is finished
 """
 
@@ -37,11 +37,11 @@ __all__ = ["TrainedTask", "task_data", "task_module", "train_task"]
 
 
 class TrainedTask(NamedTuple):
-    """A finished fine-tune: where it is, what it took, and whether this run had to do it."""
+    """A finished fine-tune."""
 
     checkpoint: Path
     seconds: float
-    trained_now: bool
+    now: bool  # in this run
 
 
 def task_data(options: Options, task: TaskOptions) -> TextData:
@@ -60,6 +60,7 @@ def task_data(options: Options, task: TaskOptions) -> TextData:
 
 def task_module(options: Options, task: TaskOptions, data: TextData) -> TextClassifier:
     """The task's model before training; tasks of one head group start with the same head."""
+    L.seed_everything(options.seed, verbose=False)  # for weights that the model's file lacks
     head = zlib.crc32((task.head_group or task.name).encode())
     return TextClassifier(
         data.num_classes,
@@ -80,9 +81,9 @@ def train_task(options: Options, task: TaskOptions, data: TextData) -> TrainedTa
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = options.output_dir / "tasks" / f"{task.name}-{digest}"
-    checkpoint, result = folder / "model.ckpt", folder / "result.json"
+    checkpoint, result = folder / f"{task.name}.ckpt", folder / "result.json"
     if all(path.exists() for path in (result, checkpoint, sidecar_path(checkpoint))):
-        return TrainedTask(checkpoint, **json.loads(result.read_text()), trained_now=False)
+        return TrainedTask(checkpoint, **json.loads(result.read_text()), now=False)
     if not folder.exists():
         report_changes(folder, settings)
         write_json(folder / "settings.json", settings)
@@ -92,7 +93,7 @@ def train_task(options: Options, task: TaskOptions, data: TextData) -> TrainedTa
     seconds = round(time.perf_counter() - started, 1)
     write_json(result, {"seconds": seconds})
     shutil.rmtree(folder / "resume")  # with the optimizer's state: twice the weights
-    return TrainedTask(checkpoint, seconds, trained_now=True)
+    return TrainedTask(checkpoint, seconds, now=True)
 
 
 def fit(options: Options, module: TextClassifier, data: TextData, resume: Path) -> L.Trainer:

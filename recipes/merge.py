@@ -1,0 +1,164 @@
+"""Fine-tune, merge by every method, and compare on all tasks, in one run:
+
+    python recipes/merge.py                                    # seven text tasks, MiniLM
+    python recipes/merge.py --fast                             # the same on smaller slices
+    python recipes/merge.py --tasks '[trec, sms]' --output_dir runs/two
+    python recipes/merge.py --config my.yaml                   # any models and data of the hub
+
+merge.yaml says what can be set. Fine-tunes that are finished are kept, and an interrupted one goes
+on from its last epoch. `output_dir` then holds results.md, results.csv, results.json (each point
+of each grid, seconds, memory), scores.png, residuals.png, merged/ (the best merge, for
+`AutoModel.from_pretrained`) and tasks/ (checkpoints and statistics).
+"""
+
+import itertools
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compare import Comparison, Outcome
+from merge_options import Options, parse_options
+from torch import Tensor
+from train_tasks import task_data, task_module, train_task, write_json
+
+from mats_lightning import Task
+from mats_lightning.report import (
+    plot_residuals,
+    plot_scores,
+    print_table,
+    write_csv,
+    write_markdown,
+)
+
+ROUTINE = (  # what Lightning says about every trainer and every fit
+    "GPU available",
+    "TPU available",
+    "💡 Tip",
+    "Loading `train_dataloader`",
+    "`Trainer.fit` stopped",
+    "Restor",
+)
+
+
+def main(args: Sequence[str] | None = None) -> list[Outcome]:
+    """Everything, in its order; returns the lines of the table."""
+    options = parse_options(args)
+    quiet_lightning()
+    clock = [time.perf_counter()]
+    tasks, trained = finetuned_tasks(options)
+    clock.append(time.perf_counter())
+    comparison = Comparison(tasks, *starts(tasks), options.accelerator)
+    outcomes = comparison.run(options.methods)
+    clock.append(time.perf_counter())
+    report(outcomes, options.output_dir)
+    exported = export(comparison, options.output_dir / "merged")
+    clock.append(time.perf_counter())
+    finetuning, comparing, reporting = (round(b - a, 1) for a, b in itertools.pairwise(clock))
+    memory = peak_memory()
+    summary = {
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "finetuning": trained,
+        "methods": [outcome.as_json() for outcome in outcomes],
+        "exported": exported,
+        "seconds": {"finetuning": finetuning, "comparison": comparing, "report": reporting},
+        "peak_memory_gb": memory,
+    }
+    write_json(options.output_dir / "results.json", summary)
+    print(
+        f"{clock[-1] - clock[0]:.0f} s, {finetuning:.0f} of them fine-tuning"
+        + (f"; peak memory {memory:.1f} GB" if memory else "")
+        + f". All results are in {options.output_dir}"
+    )
+    return outcomes
+
+
+def finetuned_tasks(options: Options) -> tuple[list[Task], dict[str, Any]]:
+    """The tasks as MergeModule takes them, and for the record what each fine-tune took."""
+    tasks, record = [], {}
+    for number, task in enumerate(options.task_list, start=1):
+        print(f"task {number} of {len(options.tasks)}: {task.name}")
+        data = task_data(options, task)
+        trained = train_task(options, task, data)
+        done = "trained" if trained.now else "kept as it was trained earlier,"
+        print(f"{task.name}: {done} in {trained.seconds:.0f} s: {trained.checkpoint}")
+        module = task_module(options, task, data)
+        tasks.append(Task(task.name, module, trained.checkpoint, data, head_group=task.head_group))
+        record[task.name] = {
+            "checkpoint": str(trained.checkpoint),
+            "seconds": trained.seconds,
+            "trained_in_this_run": trained.now,
+            "rows": {name: len(rows) for name, rows in data.rows.items()},
+        }
+    return tasks, record
+
+
+def starts(tasks: Sequence[Task]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """What the tasks started from: the weights, and {head group: weights of its head}.
+
+    Copies, since MergeModule puts other weights into the tasks' modules.
+    """
+    first = {name: value.clone() for name, value in tasks[0].module.state_dict().items()}
+    heads = {
+        task.head_group: {
+            name: value.clone()
+            for name, value in task.module.state_dict().items()
+            if task.owns(name)
+        }
+        for task in tasks
+        if task.head_group is not None
+    }
+    return first, heads
+
+
+def report(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """The table on the console, as Markdown and as CSV, and the figures."""
+    rows = [outcome.row for outcome in outcomes]
+    print_table(rows, "test accuracy; settings chosen on validation")
+    write_markdown(rows, folder / "results.md")
+    write_csv(rows, folder / "results.csv")
+    plot_scores(rows, folder / "scores.png")
+    if curves := {outcome.label: outcome.blocks for outcome in outcomes if outcome.blocks}:
+        plot_residuals(curves, folder / "residuals.png")
+
+
+def export(comparison: Comparison, folder: Path) -> str | None:
+    """The merge that is best on validation, for AutoModel; returns its label."""
+    if comparison.best is None:
+        return None
+    outcome, module = comparison.best
+    module.use(outcome.chosen.iterations)
+    module.export(folder, overwrite=True)
+    print(f"the best merge on validation, {outcome.label}, is in {folder}")
+    return outcome.label
+
+
+def peak_memory() -> float | None:
+    """The most memory that this process has held, in GB; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says about every trainer, and what was said for another task."""
+    said: set[str] = set()
+
+    def news(record: logging.LogRecord) -> bool:
+        begin = record.getMessage().partition("\n")[0]
+        known = begin in said or begin.startswith(ROUTINE)
+        said.add(begin)
+        return not known
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(news)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Small models, one for each thing that makes capturing hard, and batches for them.
+
+Each maps a batch to its examples' unreduced losses (N,), as `oracle` wants it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Batch = dict[str, Any]
+D = 6  # features in and out, but for the MLP
+
+
+def vectors(sizes: tuple[int, ...] = (4, 4, 2), seed: int = 0) -> list[Batch]:
+    """Batches of rows x (D,) with labels among three."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "x": torch.randn(n, D, generator=draw, dtype=torch.float64),
+            "labels": torch.randint(3, (n,), generator=draw),
+        }
+        for n in sizes
+    ]
+
+
+def texts(sizes: tuple[int, ...] = (4, 4, 2), seed: int = 0, vocabulary: int = 11) -> list[Batch]:
+    """Token ids with padding (id 0) at the end; batches differ in length."""
+    draw = torch.Generator().manual_seed(seed)
+    batches = []
+    for index, n in enumerate(sizes):
+        length = 7 - index % 2
+        lengths = torch.randint(2, length + 1, (n, 1), generator=draw)
+        lengths[0] = length
+        mask = torch.arange(length) < lengths
+        ids = torch.randint(1, vocabulary, (n, length), generator=draw) * mask
+        labels = torch.randint(3, (n,), generator=draw)
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return batches
+
+
+def classified(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+class MLP(nn.Module):
+    """Two layers; the activation works in place on the first one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, 5), nn.Linear(5, 3)
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return classified(self.second(self.activation(self.first(batch["x"]))), batch)
+
+
+class Block(nn.Module):
+    """Attention with q, k and v on one input, and an MLP; LayerNorms in front (pre-norm)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D, bias=False)
+        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
+        self.out, self.up, self.down = nn.Linear(D, D), nn.Linear(D, 8), nn.Linear(8, D)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.norm1(x)
+        h = F.scaled_dot_product_attention(
+            *(layer(h).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)),
+            attn_mask=mask[:, None, None].bool(),
+        )
+        x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Transformer(nn.Module):
+    """Position ids of one row, broadcast over the batch; mean pooling over what is no padding.
+
+    `checkpointing`: None, "reentrant" or "non-reentrant".
+    """
+
+    def __init__(self, checkpointing: str | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.words, self.places = nn.Embedding(11, D, padding_idx=0), nn.Embedding(9, D)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device)[None])
+        for block in self.blocks:
+            if self.checkpointing:
+                reentrant = self.checkpointing == "reentrant"
+                x = checkpoint(block, x, mask, use_reentrant=reentrant)
+            else:
+                x = block(x, mask)
+        keep = mask.unsqueeze(-1).to(x.dtype)
+        return classified(self.head((self.norm(x) * keep).sum(1) / keep.sum(1)), batch)
+
+
+class Reused(nn.Module):
+    """One layer and one norm used three times, each time in a segment that may be checkpointed.
+
+    The segment ends in an activation, so it is run again before any layer has its gradient.
+    """
+
+    def __init__(self, checkpointing: str | None = None) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.norm, self.layer, self.head = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def segment(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer(self.norm(x)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch["x"].clone().requires_grad_()  # re-entrant checkpointing needs such an input
+        for _ in range(3):
+            if self.checkpointing:
+                reentrant = self.checkpointing == "reentrant"
+                x = checkpoint(self.segment, x, use_reentrant=reentrant)
+            else:
+                x = self.segment(x)
+        return classified(self.head(x), batch)
+
+
+class PartlyCheckpointed(Reused):
+    """The layer is used inside of a checkpointed segment and outside of it."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.segment(batch["x"].clone().requires_grad_())
+        if self.checkpointing:
+            x = checkpoint(self.segment, x, use_reentrant=self.checkpointing == "reentrant")
+        else:
+            x = self.segment(x)
+        return classified(self.head(self.segment(x)), batch)
+
+
+class Tied(nn.Module):
+    """A language model whose output layer is its embedding; the bias is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(11, D), nn.Linear(D, D)
+        self.output = nn.Linear(D, 11)
+        self.output.weight = self.words.weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        logits = self.output(torch.tanh(self.layer(self.words(ids))))[:, :-1]
+        labels = torch.where(batch["attention_mask"].bool(), ids, -100)[:, 1:]
+        return F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+
+
+class Sharing(nn.Module):
+    """Which of three layers get the same input changes with the batch's "way"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(D, 4), nn.Linear(D, 4), nn.Linear(D, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x, other = batch["x"], batch["x"].flip(1)
+        way = batch["way"]
+        h = self.q(x) * self.k(x if way != "k alone" else other)
+        if way != "without v":
+            h = h + self.v(x if way != "v alone" else other)
+        if way == "k drops out":
+            h = self.q(x) + self.k(x).detach() + self.v(x)
+        return classified(self.head(torch.tanh(h)), batch)
+
+
+class Conditional(nn.Module):
+    """A layer that only some batches use, and one whose output is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.extra, self.unused = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = torch.tanh(self.layer(batch["x"]))
+        self.unused(x)
+        if batch["way"] == "extra":
+            x = x + self.extra(x)
+        return classified(self.head(x), batch)
+
+
+class ByKeyword(MLP):
+    def forward(self, batch: Batch) -> Tensor:
+        return classified(self.second(input=self.activation(self.first(input=batch["x"]))), batch)
+
+
+class Teacher(MLP):
+    """The model's own prediction without gradient is a second target: the layers run twice."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = self.second(self.activation(self.first(batch["x"] + 1)))
+        logits = self.second(self.activation(self.first(batch["x"])))
+        return classified(logits, batch) + (logits - target).square().sum(-1)
+
+
+class Flattened(nn.Module):
+    """The middle layer sees all positions of the batch as rows of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = torch.tanh(self.first(batch["x"].unflatten(1, (3, 2))))
+        x = torch.tanh(self.middle(x.flatten(0, 1))).view_as(x)
+        return classified(self.last(x).mean(1), batch)
+
+
+class Categories(nn.Module):
+    """Embeddings of one id an example, one of them with sparse gradients; frozen parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label, self.sparse = nn.Embedding(3, D), nn.Embedding(3, D, sparse=True)
+        self.norm, self.layer, self.head = nn.LayerNorm((2, 3)), nn.Linear(D, D), nn.Linear(D, 3)
+        self.layer.weight.requires_grad_(False)
+        self.norm.bias.requires_grad_(False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids = batch["labels"]
+        x = self.label(ids) + self.sparse((ids + 1) % 3) + batch["x"]
+        x = self.norm(x.unflatten(1, (2, 3))).flatten(1)
+        return classified(self.head(torch.tanh(self.layer(x))), batch)
+
+
+class PlacesWithDropout(Transformer):
+    """What is looked up once goes through other operations before it meets the batch."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        places = F.dropout(self.places(torch.arange(ids.shape[1])[None]), 0.5, self.training)
+        x = self.words(ids) + places.repeat(len(ids), 1, 1)
+        for block in self.blocks:
+            x = block(x, mask)
+        keep = mask.unsqueeze(-1).to(x.dtype)
+        return classified(self.head((x * keep).sum(1) / keep.sum(1)), batch)
+
+
+def ways(*names: str, make: Callable[..., list[Batch]] = vectors) -> list[Batch]:
+    """A batch for each way."""
+    sizes = tuple(4 - i % 2 for i in range(len(names)))
+    return [batch | {"way": way} for batch, way in zip(make(sizes), names, strict=True)]

@@ -1,0 +1,300 @@
+"""The exported folder is loaded again by the libraries that users load it with."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.export import MergeCard, export_huggingface
+
+CONFIG = BertConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=10,
+)
+CARD = MergeCard(
+    method="mats",
+    options={
+        "objective": "kfac",
+        "iterations": 20,
+        "damping": 1e-3,
+        "weights": (1, 2.5),
+        "x0": None,
+    },
+    tasks=[
+        {"name": "trec", "checkpoint": "trec.ckpt", "metric": "accuracy", "examples": 2000},
+        {"name": "sms spam", "checkpoint": "sms.ckpt", "metric": "f1|macro"},
+    ],
+    base_model="sentence-transformers/all-MiniLM-L6-v2",
+    versions={"mats_lightning": "0.1.0", "torch": "2.13.0"},
+    scores={"trec": 0.9412},
+)
+
+
+@pytest.fixture
+def model() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(CONFIG)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "[PAD]", "who", "is", "merging"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", model_max_length=10
+    )
+
+
+@pytest.fixture
+def heads() -> dict[str, dict[str, Tensor]]:
+    stacked = torch.randn(2, 3, 8)
+    return {  # transposed, a view, and with gradients: as heads come
+        "trec": {"weight": stacked[0], "bias": torch.zeros(3)},
+        "sms spam": {"weight": torch.randn(8, 2).T, "bias": torch.ones(2, requires_grad=True)},
+        "tied": {"a": stacked[1], "b": stacked[1]},
+    }
+
+
+def assert_same(found: PreTrainedModel, expected: PreTrainedModel) -> None:
+    tensors = found.state_dict()
+    assert tensors.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor), name
+
+
+def blocks(folder: Path, language: str) -> str:
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"```{language}\n(.*?)```", readme, flags=re.DOTALL)
+    return str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_for_bit(
+    tmp_path: Path, model: BertModel, heads: dict[str, dict[str, Tensor]], dtype: torch.dtype
+) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    folder = export_huggingface(tmp_path / "out" / "merged", model, None, heads, CARD)
+    assert folder == tmp_path / "out" / "merged"
+    assert_same(AutoModel.from_pretrained(folder), model)
+    assert load_weights(folder).keys() == model.state_dict().keys()
+    for task, tensors in heads.items():
+        found = load_file(folder / "heads" / f"{task}.safetensors")
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], tensor)
+    assert [entry.name for entry in folder.parent.iterdir()] == ["merged"]
+
+
+def test_tokenizer_comes_along(
+    tmp_path: Path, model: BertModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = export_huggingface(tmp_path / "merged", model, tokenizer, {}, CARD)
+    text = "who is merging what"
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == tokenizer(text).input_ids
+    assert not (folder / "heads").exists()
+
+
+def test_snippet_of_the_card_runs_as_printed(
+    tmp_path: Path,
+    model: BertModel,
+    tokenizer: PreTrainedTokenizerFast,
+    heads: dict[str, dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = export_huggingface(tmp_path / "merged", model, tokenizer, heads, CARD)
+    code = blocks(folder, "python")
+    assert "# weight (3, 8), bias (3,)" in code
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert_same(names["model"], model)
+    assert torch.equal(names["head"]["weight"], heads["trec"]["weight"])
+    assert names["tokenizer"]("who").input_ids == [2]
+
+
+def test_snippet_loads_a_model_with_a_head_by_its_own_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BertForSequenceClassification(CONFIG)
+    folder = export_huggingface(tmp_path / "merged", model, None, {}, CARD)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(blocks(folder, "python"), names)
+    assert type(names["model"]) is BertForSequenceClassification
+    assert_same(names["model"], model)
+
+
+def test_card_says_how_the_model_was_merged(tmp_path: Path, model: BertModel) -> None:
+    folder = export_huggingface(tmp_path / "merged", model, None, {}, CARD)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "library_name": "transformers",
+        "tags": ["merge", "mats_lightning"],
+    }
+    assert yaml.safe_load(blocks(folder, "yaml")) == {
+        "merge_method": "mats",
+        "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "models": [{"model": "trec.ckpt"}, {"model": "sms.ckpt"}],
+        "parameters": {
+            "objective": "kfac",
+            "iterations": 20,
+            "damping": 1e-3,
+            "weights": [1, 2.5],
+            "x0": None,
+        },
+    }
+    assert "| trec | trec.ckpt | 2000 | accuracy | 0.941 |\n" in card.text
+    assert "| sms spam | sms.ckpt |  | f1\\|macro |  |\n" in card.text
+    assert "Made with mats_lightning 0.1.0, torch 2.13.0." in card.text
+
+
+@pytest.mark.parametrize(
+    "base_model, shown",
+    [("/home/someone/models/minilm", "minilm"), ("runs/minilm", "minilm"), (None, None)],
+)
+def test_paths_of_this_machine_stay_here(
+    tmp_path: Path,
+    model: BertModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    base_model: str | None,
+    shown: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "runs" / "minilm"  # "runs/minilm" could be a hub id, were it not here
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    folder = export_huggingface(
+        "merged",
+        AutoModel.from_pretrained(source),
+        AutoTokenizer.from_pretrained(source),
+        {},
+        replace(CARD, base_model=base_model),
+    )
+    assert yaml.safe_load(blocks(folder, "yaml")).get("base_model") == shown
+    assert "base_model" not in ModelCard.load(folder / "README.md").data.to_dict()
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        assert b"someone" not in content
+        assert str(tmp_path).encode() not in content, file.name
+
+
+def test_folder_that_is_not_empty(tmp_path: Path, model: BertModel) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"is not empty: .* pass overwrite=True"):
+        export_huggingface(tmp_path, model, None, {}, CARD)
+    with pytest.raises(FileExistsError, match=r"something else than a model \(no config\.json\)"):
+        export_huggingface(tmp_path, model, None, {}, CARD, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"notes\.txt is a file"):
+        export_huggingface(tmp_path / "notes.txt", model, None, {}, CARD, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_empty_folder_is_taken(tmp_path: Path, model: BertModel) -> None:
+    (tmp_path / "merged").mkdir()
+    export_huggingface(tmp_path / "merged", model, None, {}, CARD)
+    assert_same(AutoModel.from_pretrained(tmp_path / "merged"), model)
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_export(
+    tmp_path: Path, model: BertModel, heads: dict[str, dict[str, Tensor]]
+) -> None:
+    export_huggingface(tmp_path / "merged", BertModel(CONFIG), None, heads, CARD)
+    export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+    assert_same(AutoModel.from_pretrained(tmp_path / "merged"), model)
+    assert not (tmp_path / "merged" / "heads").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+def test_failure_leaves_the_earlier_export(
+    tmp_path: Path, model: BertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = BertModel(CONFIG)
+    export_huggingface(tmp_path / "merged", earlier, None, {}, CARD)
+
+    def half(folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", half)
+    with pytest.raises(KeyboardInterrupt):
+        export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        export_huggingface(tmp_path / "other", model, None, {}, CARD)
+    assert_same(AutoModel.from_pretrained(tmp_path / "merged"), earlier)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("between_renames", [False, True])
+def test_what_a_kill_left_is_cleared(
+    tmp_path: Path, model: BertModel, between_renames: bool
+) -> None:
+    (tmp_path / ".merged.partial").mkdir()
+    (tmp_path / ".merged.partial" / "model.safetensors").write_text("half")
+    if between_renames:
+        BertModel(CONFIG).save_pretrained(tmp_path / ".merged.old")
+    else:
+        BertModel(CONFIG).save_pretrained(tmp_path / "merged")
+    export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+    assert_same(AutoModel.from_pretrained(tmp_path / "merged"), model)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    "task", ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", "a\n", "a ", "con:", "x" * 200]
+)
+def test_task_that_cannot_name_a_file(tmp_path: Path, model: BertModel, task: str) -> None:
+    with pytest.raises(ValueError, match=rf"task {re.escape(repr(task))} cannot name"):
+        export_huggingface(tmp_path / "merged", model, None, {task: {}}, CARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_that_differ_in_case_alone(tmp_path: Path, model: BertModel) -> None:
+    with pytest.raises(ValueError, match="tasks 'TREC' and 'trec' would share a file"):
+        export_huggingface(tmp_path / "merged", model, None, {"TREC": {}, "trec": {}}, CARD)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"options": {"init": torch.ones(1)}}, "option 'init' of the card is or holds a Tensor"),
+        ({"options": {"w": [1, {2: 3}]}}, "option 'w' of the card is or holds a dict"),
+        ({"scores": {"trek": 1.0}}, "scores of trek, which are not among its tasks: trec, sms"),
+    ],
+    ids=["tensor", "key", "scores"],
+)
+def test_card_that_cannot_be_written(
+    tmp_path: Path, model: BertModel, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_huggingface(tmp_path / "merged", model, None, {}, replace(CARD, **changes))
+    assert list(tmp_path.iterdir()) == []

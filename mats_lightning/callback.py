@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from mats_lightning.batches import (
@@ -75,13 +78,14 @@ class MaTSStatsCallback(Callback):
     ) -> None:
         if last_n_epochs < 1:
             raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
+        kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         try:
-            find_coverage(nn.Module(), statistics, max_factor_size)
+            find_coverage(nn.Module(), kinds, max_factor_size)
             check_loss_reduction(loss_reduction)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.last_n_epochs = last_n_epochs
-        self.kinds = tuple(statistics)
+        self.kinds = kinds
         self.loss_reduction = loss_reduction
         self.mask_fn = mask_fn
         self.batch_size_fn = batch_size_fn
@@ -99,6 +103,8 @@ class MaTSStatsCallback(Callback):
         """What has been accumulated so far: the sum over the epochs that are kept."""
         total = Statistics()
         for epoch in sorted(self._epochs):
+            if self._coverage is not None:  # a later epoch may have shown a sum to be inexact
+                self._coverage.remove_dropped(self._epochs[epoch])
             total = total + self._epochs[epoch]
         return total
 
@@ -141,11 +147,6 @@ class MaTSStatsCallback(Callback):
             f"MaTSStatsCallback captures {window}; at most"
             f" {sets * coverage.bytes() / 1e6:.0f} MB of sums:\n{coverage.summary()}"
         )
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules()):
-            self._note(
-                "batch normalisation in training mode couples the examples of a batch: statistics"
-                " of the layers before it are not exact"
-            )
 
     @override
     def on_train_batch_start(
@@ -155,7 +156,7 @@ class MaTSStatsCallback(Callback):
         epoch = trainer.current_epoch
         if self._first_epoch is not None and epoch < self._first_epoch:
             return
-        capture = self._capture_of(trainer, epoch)
+        capture = self._capture_of(trainer, pl_module, epoch)
         examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = loss_divisor(self.loss_reduction, batch, examples)
@@ -166,9 +167,17 @@ class MaTSStatsCallback(Callback):
         self._hooks.enter_context(capture.batch(examples, scale, mask, defer=scaler is not None))
 
     @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
         if self._capture is not None:
-            self._capture.finish()
+            self._capture.start_backward()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._capture is not None and self._capture.active and not self._capture.finish():
+            self._note(
+                f"no gradient came to a covered layer in a batch of epoch {trainer.current_epoch},"
+                " so it is not counted (was the model compiled before this epoch?)"
+            )
         self._hooks.close()
 
     @override
@@ -192,13 +201,13 @@ class MaTSStatsCallback(Callback):
         return {
             "kinds": list(self.kinds),
             "epochs": {key: dict(vars(statistics)) for key, statistics in self._epochs.items()},
-            "rows": {row.name: {"statistics": row.statistics, "reason": row.reason} for row in rows},
+            "rows": {r.name: {"statistics": r.statistics, "reason": r.reason} for r in rows},
             "notes": list(self._notes),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if tuple(state_dict["kinds"]) != self.kinds:
+        if set(state_dict["kinds"]) != set(self.kinds):
             raise MisconfigurationException(
                 f"the checkpoint's statistics are {state_dict['kinds']}, this callback takes"
                 f" {list(self.kinds)}: resume with the same choice"
@@ -207,6 +216,8 @@ class MaTSStatsCallback(Callback):
 
     def _restore(self, state: dict[str, Any], coverage: Coverage, device: torch.device) -> None:
         for key, fields in state["epochs"].items():
+            if min(fields["info"]["epochs"]) < (self._first_epoch or 0):
+                continue  # before the window of this fit
             self._epochs[key] = Statistics(**fields)
             self._epochs[key].tensors = {
                 name: tensor.to(device) for name, tensor in fields["tensors"].items()
@@ -219,8 +230,10 @@ class MaTSStatsCallback(Callback):
 
     # -- decisions ---------------------------------------------------------------------------
 
-    def _capture_of(self, trainer: pl.Trainer, epoch: int) -> Capture:
-        """The capture into this epoch's sums; the oldest go when a new epoch begins."""
+    def _capture_of(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
+    ) -> Capture:
+        """The capture into this epoch's sums; what is before the window goes."""
         assert self._coverage is not None
         if self._restored is not None:
             self._restored = None
@@ -229,28 +242,37 @@ class MaTSStatsCallback(Callback):
                     f"resumed in the middle of epoch {epoch} with a data loader that is not"
                     " stateful: some rows may count twice and others not at all"
                 )
-        key = epoch if self._first_epoch is None else self._first_epoch
-        statistics = self._epochs.get(key)
-        if statistics is None:
-            statistics = self._epochs[key] = Statistics({}, info={"epochs": [], "skipped_batches": 0})
-            for old in sorted(self._epochs)[: -self.last_n_epochs]:
-                del self._epochs[old]
+        key, start = self._first_epoch, self._first_epoch
+        if key is None or start is None:
+            key, start = epoch, epoch - self.last_n_epochs + 1
+        if key not in self._epochs:
+            self._epochs[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
+            old = [k for k, s in self._epochs.items() if min(s.info["epochs"]) < start]
+            for k in old:
+                del self._epochs[k]
+        statistics = self._epochs[key]
         if epoch not in statistics.info["epochs"]:
             statistics.info["epochs"].append(epoch)
         if self._capture is None or self._capture.statistics is not statistics:
             self._capture = Capture(self._coverage, statistics)
+            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
+                self._note(
+                    "batch normalisation in training mode couples the examples of a batch:"
+                    " statistics of the layers before it are not exact"
+                )
         return self._capture
 
     def _captured_epochs(self) -> list[int]:
-        return sorted({e for statistics in self._epochs.values() for e in statistics.info["epochs"]})
+        return sorted({e for sums in self._epochs.values() for e in sums.info["epochs"]})
 
     def _window(self, trainer: pl.Trainer) -> int | None:
         """The first epoch to capture, or None when the last epoch is not known beforehand."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         unknown_end = (
             trainer.max_epochs in (None, -1)
             or trainer.max_steps != -1
-            or any(isinstance(c, EarlyStopping | Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            or any(c.monitor is not None for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+            or any(isinstance(c, EarlyStopping | Timer) for c in callbacks)
+            or any(isinstance(c, ModelCheckpoint) and c.monitor is not None for c in callbacks)
         )
         if unknown_end:
             return None
@@ -266,11 +288,20 @@ class MaTSStatsCallback(Callback):
 
     def save_beside(self, trainer: pl.Trainer, checkpoint: dict[str, Any], path: Path) -> None:
         """Write the sidecar of a checkpoint that has just been saved."""
-        assert self._coverage is not None
+        if self._coverage is None:
+            return  # stopped before the fit began
+        if trainer.ckpt_path is not None and trainer.state.fn != TrainerFn.FITTING:
+            sidecar_path(path).unlink(missing_ok=True)
+            rank_zero_warn(
+                f"MaTSStatsCallback: no sidecar is written beside {path}: since the fit its weights"
+                f" were loaded from {trainer.ckpt_path}; use that checkpoint and its sidecar"
+            )
+            return
         statistics = self.statistics
         weights = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-        statistics.info = describe(
+        info = describe(
             self._coverage,
+            statistics,
             weights,
             loss_reduction=self.loss_reduction,
             mask=self.mask_fn or attention_mask,
@@ -282,7 +313,7 @@ class MaTSStatsCallback(Callback):
             notes=list(self._notes),
         )
         try:
-            save_statistics(statistics, sidecar_path(path))
+            save_statistics(replace(statistics, info=info), sidecar_path(path))
         except ValueError as error:  # sums that are not finite: no sidecar is better than these
             sidecar_path(path).unlink(missing_ok=True)
             rank_zero_warn(f"MaTSStatsCallback: no sidecar is written: {error}")
@@ -325,10 +356,10 @@ def _follow_checkpoints(trainer: pl.Trainer, callback: MaTSStatsCallback) -> Non
     usually called then.
     """
     strategy = trainer.strategy
-    save: Callable[..., None] = getattr(strategy.save_checkpoint, "unwrapped", strategy.save_checkpoint)
-    remove: Callable[..., None] = getattr(
-        strategy.remove_checkpoint, "unwrapped", strategy.remove_checkpoint
-    )
+    save: Callable[..., None] = strategy.save_checkpoint
+    remove: Callable[..., None] = strategy.remove_checkpoint
+    save = getattr(save, "unwrapped", save)  # of an earlier fit
+    remove = getattr(remove, "unwrapped", remove)
 
     def save_checkpoint(
         checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None

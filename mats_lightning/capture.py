@@ -4,11 +4,14 @@ A forward hook keeps a layer's input; a hook on the output tensor brings its gra
 as all uses of a layer (and of those it shares a parameter with) have theirs, they are added to
 the sums and let go. The scale of the loss is undone here and only here, so that g is the
 gradient of one example's unreduced loss.
+
+The first axis of a layer's input and output is taken to be the batch's examples; a layer in
+which it has another length is named, and has no statistic of single examples.
 """
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mats_lightning.statistics.coverage import GRAM, KFAC, Coverage, CoveredModule
+from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
+from mats_lightning.statistics.coverage import GRAM, KFAC, KINDS, Coverage, CoveredModule
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
     VectorGradients,
@@ -27,12 +31,29 @@ from mats_lightning.statistics.record import BLOCK, DIAGONAL, INPUT, INPUT_SUM, 
 
 
 @dataclass(eq=False)
+class Input:
+    """A tensor that one layer was given, or several, each of them once."""
+
+    a: Tensor
+    readers: set[str] = field(default_factory=set)  # the layers with an A that were given it
+    arrived: set[str] = field(default_factory=set)  # those of them whose gradient came back
+    added: bool = False  # to their A
+
+    def __post_init__(self) -> None:
+        self.version = self.a._version
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was written to since the layers read it."""
+        return self.a._version != self.version
+
+
+@dataclass(eq=False)
 class Use:
     """One call of a layer in the forward pass, and the gradient that came back to it."""
 
     module: str
-    a: Tensor
-    serial: int  # equal for the layers that were given the same tensor
+    input: Input | None  # let go when it has been added
     g: Tensor | None = None
 
 
@@ -44,15 +65,13 @@ class Batch:
     scale: float  # gradient of one example's loss / gradient that autograd brings
     mask: Tensor | None  # (N, R), true where a position counts
     defer: bool  # keep everything until the backward pass ends: an overflow may void it
-    calls: Counter[str] = field(default_factory=Counter)  # group -> forward calls
-    tracked: Counter[str] = field(default_factory=Counter)  # module -> calls with gradient
+    backward: bool = False  # the backward pass of the batch's loss has begun
+    calls: Counter[str] = field(default_factory=Counter)  # group -> forward calls before it
     arrived: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    serials: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    done: set[tuple[str, int]] = field(default_factory=set)  # (input group, serial) added to A
-    backward: bool = False  # a gradient has arrived
+    waiting: list[Input] = field(default_factory=list)  # not all readers have their gradient yet
+    seen: dict[tuple[Any, ...], "weakref.ref[Input]"] = field(default_factory=dict)
+    gradients: int = 0
     finite: bool = True
-    seen: dict[tuple[Any, ...], "weakref.ref[Use]"] = field(default_factory=dict)
-    serial: int = 0
 
 
 def _sharing_groups(modules: Mapping[str, CoveredModule]) -> dict[str, str]:
@@ -70,18 +89,26 @@ def _sharing_groups(modules: Mapping[str, CoveredModule]) -> dict[str, str]:
 class Capture:
     """Adds the statistics of single batches to a `Statistics`.
 
-    Usage: `with capture.batch(...): loss = forward(batch); loss.backward(); capture.finish()`.
+    Usage:
+
+        with capture.batch(examples, scale, mask):
+            loss = forward(batch)
+            capture.start_backward()
+            loss.backward()
+            capture.finish()
+
     Only the batches inside of `batch` cost anything: the hooks are registered there and are off
     again when it is left, whatever happens.
     """
 
     def __init__(self, coverage: Coverage, statistics: Statistics) -> None:
+        assert isinstance(statistics.tensors, dict), "sums are added in place: not to a lazy record"
         self.coverage = coverage
         self.statistics = statistics
         self._batch: Batch | None = None
         self._tensors = statistics.tensors
-        assert isinstance(self._tensors, dict), "sums are added in place: not to a lazy record"
         self._group = _sharing_groups(coverage.modules)
+        coverage.allocate(statistics)
 
     @contextmanager
     def batch(
@@ -94,18 +121,33 @@ class Capture:
         that leading shape. `defer` holds all inputs and gradients until `finish`, which throws
         the batch away when one is not finite (needed with a gradient scaler).
         """
-        self._batch = Batch(examples, scale, mask, defer)
+        self._batch = Batch(examples, scale, None if mask is None else mask.bool(), defer)
         handles: list[RemovableHandle] = []
         try:
             for covered in self.coverage.modules.values():
+                hook = self._forward_hook(covered)
+                # in front of the user's own hooks, which may change the output
                 handles.append(
-                    covered.module.register_forward_hook(self._forward_hook(covered), with_kwargs=True)
+                    covered.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 )
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._batch = None
+
+    def start_backward(self) -> None:
+        """The backward pass of the batch's loss begins.
+
+        Gradients that came before it (an adversarial step, say) are not the loss's, and calls
+        that come after it are a checkpointed segment's, run again.
+        """
+        if self._batch is not None:
+            self._batch.backward = True
+
+    @property
+    def active(self) -> bool:
+        return self._batch is not None
 
     @property
     def skipped_batches(self) -> int:
@@ -115,16 +157,19 @@ class Capture:
     def finish(self) -> bool:
         """The backward pass of the batch has ended: add what is left, count its examples.
 
-        Returns False when the batch was thrown away for a gradient that is not finite.
+        Returns False when no gradient came to a covered layer: nothing is added or counted.
         """
         batch = self._batch
-        if batch is None or not batch.backward:
+        if batch is None or not batch.gradients:
             return False
         if not batch.finite:
             self.statistics.info["skipped_batches"] = self.skipped_batches + 1
-            return False
+            return True
         for group in list(batch.arrived):
             self._add_group(batch, group)
+        for given in batch.waiting:
+            if not given.added:  # a reader's output was not used
+                self._add_input(batch, given)
         self.statistics.examples += batch.examples
         return True
 
@@ -137,45 +182,48 @@ class Capture:
             batch = self._batch
             if batch is None:
                 return None
-            name = covered.name
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
-                batch.calls[self._group[name]] += 1
-            elif batch.tracked[name]:
-                return None  # a checkpointed segment run again: its first run is the one hooked
+                batch.calls[self._group[covered.name]] += 1
             if not output.requires_grad:
                 return None
-            if not batch.backward:
-                batch.tracked[name] += 1
             a = (args[0] if args else next(iter(kwargs.values()))).detach()
-            expanded = None
+            use = Use(covered.name, self._input(batch, covered.name, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
-                # Positions are looked up once and broadcast over the batch, which sums their
-                # gradients before we see them; broadcasting here keeps the examples apart.
-                a = a.expand(batch.examples, *a.shape[1:])
-                output = expanded = output.expand(batch.examples, *output.shape[1:])
-            use = self._new_use(batch, name, a)
+                examples = ExamplesGradient(batch.examples)
+                output.register_hook(
+                    lambda g: self._gradient_hook(batch, use, examples.instead_of(g))
+                )
+                return LookedUpOnce.of(output, examples)
+            # A segment that is run again by non-reentrant checkpointing has outputs to which no
+            # gradient comes; its first run has.
             output.register_hook(lambda g: self._gradient_hook(batch, use, g))
-            return expanded
+            return None
 
         return hook
 
-    def _new_use(self, batch: Batch, name: str, a: Tensor) -> Use:
+    def _input(self, batch: Batch, name: str, a: Tensor) -> Input:
+        """A layer that is given the same tensor as others joins them, unless it has already."""
         key = (a.data_ptr(), a.shape, a.stride(), a.dtype, a._version)
-        before = batch.seen.get(key, lambda: None)()
-        if before is not None:
-            use = Use(name, before.a, before.serial)
-        else:
-            batch.serial += 1
-            use = Use(name, a, batch.serial)
-        batch.seen[key] = weakref.ref(use)
-        batch.serials[name].append(use.serial)
-        return use
+        given = batch.seen.get(key, lambda: None)()
+        if given is None or given.added or name in given.readers:
+            given = Input(a)
+            batch.seen[key] = weakref.ref(given)
+        if name in self.statistics.inputs:
+            given.readers.add(name)
+        return given
 
     def _gradient_hook(self, batch: Batch, use: Use, g: Tensor) -> None:
         if batch is not self._batch:
-            return  # a later backward through the same graph
-        batch.backward = True
+            return
+        again = use.g is not None or use.input is None
+        if again or (g.requires_grad and not batch.backward):
+            why = f"the loss has a gradient in it that was taken through {use.module}"
+            self._drop(self._rows(use.module), KINDS, why)
+            return
+        if not batch.backward:
+            return  # of another loss, before the batch's own
+        batch.gradients += 1
         use.g = g.detach()
         group = self._group[use.module]
         batch.arrived[group].append(use)
@@ -188,40 +236,47 @@ class Capture:
 
     def _add_group(self, batch: Batch, group: str) -> None:
         uses = batch.arrived.pop(group)
-        device = uses[0].a.device.type
-        with torch.no_grad(), torch.autocast(device_type=device, enabled=False):
+        assert uses[0].g is not None
+        with _plain_arithmetic(uses[0].g):
             gradients: dict[str, list[ExampleGradients]] = defaultdict(list)
             for use in uses:
                 self._add_use(batch, use, gradients)
+                use.input = use.g = None
             for parameter, parts in gradients.items():
                 self._add_gradients(parameter, parts)
 
     def _add_use(
         self, batch: Batch, use: Use, gradients: dict[str, list[ExampleGradients]]
     ) -> None:
-        covered = self.coverage.modules[use.module]
-        rows = [self.coverage.rows[p] for p in covered.parameters.values()]
-        kinds = {kind for row in rows for kind in row.statistics}
+        assert use.g is not None and use.input is not None
+        covered, rows = self.coverage.modules[use.module], self._rows(use.module)
+        if use.input.changed:  # autograd keeps a copy of its own under autocast, so does not mind
+            weights = [row for row in rows if row != covered.parameters.get("bias")]
+            self._drop(weights, KINDS, f"the input of {use.module} was changed in place after it")
+        if use.g.shape[0] != batch.examples:
+            self._drop(
+                rows,
+                (DIAGONAL, BLOCK),
+                f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
+                " examples, so an example's gradient cannot be told apart",
+            )
+        kinds = {kind for row in rows for kind in self.coverage.rows[row].statistics}
         if not kinds:
             return
-        dtype = self.coverage.dtypes[rows[0].name]
-        assert use.g is not None
-        a = use.a.to(dtype) if use.a.is_floating_point() else use.a
+        dtype = self.coverage.dtypes[rows[0]]
         g = use.g.to(dtype) * batch.scale
-        if kinds & {GRAM, KFAC}:
-            self._add_factors(batch, use, a, g, kfac=KFAC in kinds)
+        if KFAC in kinds:
+            self._add_output(batch, use, g)
+        if use.module in use.input.readers:
+            use.input.arrived.add(use.module)
+            if use.input.arrived == use.input.readers:
+                self._add_input(batch, use.input)
+            else:
+                batch.waiting.append(use.input)
         if not kinds & {DIAGONAL, BLOCK}:
             return
-        if g.shape[0] != batch.examples:
-            for row in rows:
-                row.drop(
-                    (DIAGONAL, BLOCK),
-                    f"the output of {use.module} has {g.shape[0]} rows for {batch.examples}"
-                    " examples, so an example's gradient cannot be told apart",
-                )
-                for kind in (DIAGONAL, BLOCK):
-                    self._tensors.pop(f"{kind}/{row.name}", None)
-            return
+        a = use.input.a
+        a = a.to(dtype) if a.is_floating_point() else a
         for local, gradient in covered.rule(covered.module, a, g).items():
             parameter = covered.parameters.get(local)
             if parameter and {DIAGONAL, BLOCK} & set(self.coverage.rows[parameter].statistics):
@@ -232,76 +287,75 @@ class Capture:
         vectors = [part.v for part in parts if isinstance(part, VectorGradients)]
         if len(vectors) == len(parts):  # several uses of a vector: one sum an example
             parts = [VectorGradients(torch.stack(vectors).sum(0))]
-        device = parts[0].device
         if DIAGONAL in row.statistics:
-            total = self._total(f"{DIAGONAL}/{parameter}", row.shape, parameter, device)
-            add_squares_of_sum(parts, total)
+            add_squares_of_sum(parts, self._tensors[f"{DIAGONAL}/{parameter}"])
         if BLOCK in row.statistics and isinstance(parts[0], VectorGradients):
-            d = torch.Size(row.shape).numel()
-            parts[0].add_outer(self._total(f"{BLOCK}/{parameter}", (d, d), parameter, device))
+            parts[0].add_outer(self._tensors[f"{BLOCK}/{parameter}"])
 
-    def _add_factors(self, batch: Batch, use: Use, a: Tensor, g: Tensor, kfac: bool) -> None:
-        """A += sum a a^T and G += sum g g^T over the positions that the mask leaves."""
-        statistics, module = self.statistics, use.module
-        weight = self.coverage.modules[module].parameters["weight"]
-        d_in, d_out = a.shape[-1], g.shape[-1]
-        keep = None
-        if batch.mask is not None and batch.mask.shape == a.shape[:-1]:
-            keep = batch.mask.reshape(-1)
-        if kfac:
-            g = g.reshape(-1, d_out)
-            g = g if keep is None else g[keep]
-            self._total(f"{OUTPUT}/{module}", (d_out, d_out), weight, g.device).addmm_(g.T, g)
-        group = self._input_group(batch, module)
-        if (group, use.serial) in batch.done:
+    def _add_output(self, batch: Batch, use: Use, g: Tensor) -> None:
+        """G += sum g g^T over the positions that the mask leaves."""
+        g = _kept(g, batch.mask)
+        self._tensors[f"{OUTPUT}/{use.module}"].addmm_(g.T, g)
+
+    def _add_input(self, batch: Batch, given: Input) -> None:
+        """A += sum a a^T over the positions that the mask leaves, once for each group of layers
+        that have had the same inputs so far."""
+        given.added = True
+        groups = self._groups_of(given.arrived)
+        if not groups:
             return
-        batch.done.add((group, use.serial))
-        a = a.reshape(-1, d_in)
-        a = a if keep is None else a[keep]
-        self._total(f"{INPUT}/{group}", (d_in, d_in), weight, a.device).addmm_(a.T, a)
-        self._total(f"{INPUT_SUM}/{group}", (d_in,), weight, a.device).add_(a.sum(0))
-        statistics.group_positions[group] = statistics.group_positions.get(group, 0) + len(a)
+        weight = self.coverage.modules[groups[0]].parameters["weight"]
+        with _plain_arithmetic(given.a):
+            a = _kept(given.a.to(self.coverage.dtypes[weight]), batch.mask)
+            d = a.shape[-1]
+            for group in groups:
+                if f"{INPUT}/{group}" not in self._tensors:
+                    self._tensors[f"{INPUT}/{group}"] = a.new_zeros(d, d)
+                    self._tensors[f"{INPUT_SUM}/{group}"] = a.new_zeros(d)
+                self._tensors[f"{INPUT}/{group}"].addmm_(a.T, a)
+                self._tensors[f"{INPUT_SUM}/{group}"].add_(a.sum(0))
+                self.statistics.group_positions[group] += len(a)
 
-    def _total(
-        self, key: str, shape: tuple[int, ...], parameter: str, device: torch.device
-    ) -> Tensor:
-        total = self._tensors.get(key)
-        if total is None:
-            dtype = self.coverage.dtypes[parameter]
-            total = self._tensors[key] = torch.zeros(shape, dtype=dtype, device=device)
-        return total
+    def _groups_of(self, modules: set[str]) -> list[str]:
+        """The groups that these modules make up; groups that go beyond them are split first,
+        with a copy of their sums, so that what is stored is exact for each module."""
+        inputs, positions = self.statistics.inputs, self.statistics.group_positions
+        modules = {m for m in inputs if m in modules}  # without those that were dropped
+        fresh = [m for m in inputs if m in modules and f"{INPUT}/{inputs[m]}" not in self._tensors]
+        for module in fresh[1:]:  # each a group of its own so far
+            del positions[inputs[module]]
+            inputs[module] = inputs[fresh[0]]
+        for group in dict.fromkeys(inputs[m] for m in inputs if m in modules):
+            members = [m for m, g in inputs.items() if g == group]
+            leaving = [m for m in members if (m in modules) != (members[0] in modules)]
+            if leaving:
+                new = leaving[0]
+                inputs.update({m: new for m in leaving})
+                positions[new] = positions[group]
+                for kind in (INPUT, INPUT_SUM):
+                    self._tensors[f"{kind}/{new}"] = self._tensors[f"{kind}/{group}"].clone()
+        return list(dict.fromkeys(inputs[m] for m in inputs if m in modules))
 
-    def _has_factors(self, module: str) -> bool:
-        covered = self.coverage.modules[module]
-        weight = covered.parameters.get("weight")
-        return weight is not None and bool(
-            {GRAM, KFAC} & set(self.coverage.rows[weight].statistics)
-        )
+    def _rows(self, module: str) -> list[str]:
+        return list(self.coverage.modules[module].parameters.values())
 
-    def _input_group(self, batch: Batch, module: str) -> str:
-        """The group whose A this module's inputs go to: modules that were given equal tensors.
+    def _drop(self, parameters: Iterable[str], kinds: Sequence[str], reason: str) -> None:
+        """These statistics cannot be exact: their sums go, and the table says why."""
+        for row in (self.coverage.rows[parameter] for parameter in parameters):
+            if set(kinds) & set(row.statistics):
+                row.drop(kinds, reason)
+        self.coverage.remove_dropped(self.statistics)
 
-        Groups are formed when a module is first seen and split, with a copy of their sums, in
-        the batch in which their inputs differ: what is stored is exact for each module.
-        """
-        inputs, mine = self.statistics.inputs, batch.serials[module]
-        if module not in inputs:
-            same = [m for m, s in batch.serials.items() if s == mine and m not in inputs]
-            same = [m for m in same if self._has_factors(m)]
-            inputs.update({m: same[0] for m in same})
-            return inputs[module]
-        group = inputs[module]
-        members = [m for m, g in inputs.items() if g == group]
-        same = [m for m in members if batch.serials[m] == mine]
-        if len(same) == len(members):
-            return group
-        leaving = same if group not in same else [m for m in members if m not in same]
-        new = leaving[0]
-        inputs.update({m: new for m in leaving})
-        for kind in (INPUT, INPUT_SUM):
-            if f"{kind}/{group}" in self._tensors:
-                self._tensors[f"{kind}/{new}"] = self._tensors[f"{kind}/{group}"].clone()
-        if group in self.statistics.group_positions:
-            self.statistics.group_positions[new] = self.statistics.group_positions[group]
-        batch.done |= {(new, serial) for g, serial in batch.done if g == group}
-        return inputs[module]
+
+@contextmanager
+def _plain_arithmetic(like: Tensor) -> Iterator[None]:
+    """No graph, and no autocast: it would multiply in 16 bits."""
+    with torch.no_grad(), torch.autocast(device_type=like.device.type, enabled=False):
+        yield
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, R, d) -> (positions that the mask leaves, d); all when it is of another shape."""
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])

@@ -76,6 +76,7 @@ def collect_statistics(
             scale = loss_divisor(loss_reduction, batch, examples)
             with capture.batch(examples, scale, mask(batch)):
                 loss = _loss(model, batch, index, loss_fn)
+                capture.start_backward()
                 torch.autograd.grad(loss, trainable, allow_unused=True)
                 capture.finish()
             if max_examples is not None and sums.examples >= max_examples:
@@ -85,6 +86,7 @@ def collect_statistics(
     weights = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     sums.info = describe(
         coverage,
+        sums,
         weights,
         loss_reduction=loss_reduction,
         mask=mask,

@@ -2,14 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -186,7 +187,7 @@ model's.
 ## Merge
 
 ```yaml
-{yaml_dump(recipe, sort_keys=False).strip()}
+{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()}
 ```
 
 Made with {", ".join(f"{name} {version}" for name, version in card.versions.items())}.
@@ -205,11 +206,8 @@ applied to the model's output is up to the module that it was trained in.
 
 
 def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+    form = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, flags=re.ASCII)
+    return form is not None and not Path(name).exists()
 
 
 def _plain(value: object, option: str) -> object:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -20,6 +21,8 @@ from mats_lightning import merging
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import MergeCard, export_huggingface
 from mats_lightning.merging import Block, MergeResult
+from mats_lightning.merging.blocks import covering_statistics
+from mats_lightning.merging.models import check_models, check_weights
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import versions
 from mats_lightning.statistics import Statistics
@@ -37,8 +40,16 @@ METHODS: dict[str, Callable[..., Any]] = {
     "regmean": merging.regmean,
     "mats": merging.mats,
 }
+# what a method without a choice of its own takes
+STATISTICS = {"fisher": ("diagonal_fisher",), "regmean": ("gram",)}
 # rows of a comparison that merge nothing: each task's own model; the start under its head
 REFERENCES = ("individual", "pretrained")
+# hooks of a task's module that would run in its own test or validation, and do not in ours
+NOT_RUN = tuple(
+    f"on_{stage}_{hook}"
+    for stage in ("test", "validation")
+    for hook in ("start", "end", "batch_start", "batch_end")
+)
 
 
 class MergeModule(pl.LightningModule):
@@ -82,7 +93,9 @@ class MergeModule(pl.LightningModule):
         self.method = method
         self.options = dict(options or {})
         self.scores: dict[str, float] = {}  # task -> primary metric, of the last run
-        self._pretrained = load_weights(pretrained) if _is_path(pretrained) else pretrained
+        self._pretrained: Weights | None = (
+            load_weights(pretrained) if isinstance(pretrained, str | os.PathLike) else pretrained
+        )
         self._pretrained_heads = dict(pretrained_heads or {})
         self._individual = dict(individual) if individual is not None else None
         self._weights = self._task_weights()
@@ -99,11 +112,15 @@ class MergeModule(pl.LightningModule):
         """
         if self._merged is not None:
             return
+        device = torch.device(device)
         merged: dict[str, dict[int, MergeResult]] = {}
         if self.method not in REFERENCES:
-            device = torch.device(device)
             for part, (names, members) in self._parts().items():
                 merged[part] = self._merge_part(part, names, members, device, progress)
+        elif self.method == "pretrained":
+            for task in self.tasks.values():
+                shared = [name for name in task.weights if not task.owns(name)]
+                check_models([Part(task.weights, shared, device)], self._start_of(SHARED, device))
         self._merged = merged
         self.use(max(self._counts()))
         for part, results in merged.items():
@@ -131,7 +148,7 @@ class MergeModule(pl.LightningModule):
         for name, task in self.tasks.items():
             state = self.state_of(name)
             actual = task.module.state_dict()
-            task.module.load_state_dict({key: state[plain_name(key)] for key in actual})
+            task.module.load_state_dict({k: state.get(plain_name(k), v) for k, v in actual.items()})
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
@@ -152,7 +169,8 @@ class MergeModule(pl.LightningModule):
         """A copy of the task's LightningModule with the merged weights, independent of ours."""
         state = self.state_of(task)
         module = copy.deepcopy(self.tasks[task].module)
-        module.load_state_dict({key: state[plain_name(key)] for key in module.state_dict()})
+        actual = module.state_dict()
+        module.load_state_dict({k: state.get(plain_name(k), v) for k, v in actual.items()})
         return module
 
     def export(
@@ -237,7 +255,7 @@ class MergeModule(pl.LightningModule):
             task = self.tasks[members[0]]
             if len(members) > 1:
                 head = [name for name in task.weights if task.owns(name)]
-                parts[f"head group '{group}'"] = (head, members)
+                parts[_head_part(group)] = (head, members)
         return parts
 
     def _merge_part(
@@ -262,7 +280,7 @@ class MergeModule(pl.LightningModule):
         if "statistics" in wanted:
             options["statistics"] = [self._statistics(member, names) for member in members]
         if "pretrained" in wanted:
-            options["pretrained"] = self._start_of(part, names, device)
+            options["pretrained"] = self._start_of(part, device)
         with ExitStack() as stack:
             if "on_block" in wanted and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {part}"))
@@ -271,27 +289,37 @@ class MergeModule(pl.LightningModule):
             except ValueError as error:
                 order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
                 raise ValueError(f"{self.method} of the {part}: {error} ({order})") from error
-        if isinstance(result, dict) and isinstance(next(iter(result.values())), MergeResult):
+        if isinstance(result, MergeResult):
+            return {self._counts()[0]: result}
+        if self.method == "mats":
+            assert isinstance(result, dict)
             return result
-        if not isinstance(result, MergeResult):
-            result = MergeResult(result)
-        return {max(self._counts()): result}
+        if self.method in STATISTICS:
+            kinds = STATISTICS[self.method]
+            covered = covering_statistics(names, kinds, options["statistics"])
+            uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
+            return {0: MergeResult(result, uncovered=uncovered)}
+        return {0: MergeResult(result)}
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()
-        rows = {row["name"] for row in statistics.info.get("coverage", ())}
-        if rows and not rows & set(names):
+        known = {*statistics.diagonal_fisher, *statistics.block_fisher}
+        known |= {f"{module}.weight" for module in statistics.gram}
+        if not known & set(names):
+            found = f"'{min(known)}' ..." if known else "nothing"
             raise ValueError(
-                f"task '{member}': its statistics cover none of the parameters to merge:"
-                f" '{names[0]}' ... against '{sorted(rows)[0]}' ..."
+                f"task '{member}': its statistics cover none of the parameters to merge"
+                f" ('{names[0]}' ...), but {found}: take them of the module that was fine-tuned,"
+                " with MaTSStatsCallback or collect_statistics(...)"
             )
         return statistics
 
-    def _start_of(self, part: str, names: list[str], device: torch.device) -> Weights | None:
+    def _start_of(self, part: str, device: torch.device) -> Weights | None:
         if part == SHARED:
             start = self._pretrained
         else:
-            start = self._pretrained_heads.get(part.split("'")[1])
+            heads = {_head_part(group): head for group, head in self._pretrained_heads.items()}
+            start = heads.get(part)
         if start is None:
             if self._needs_start():
                 raise ValueError(
@@ -299,7 +327,7 @@ class MergeModule(pl.LightningModule):
                     f" {'pretrained' if part == SHARED else 'pretrained_heads'}=..."
                 )
             return None
-        return Part(start, [name for name in names if name in start], device)
+        return Part(start, list(start), device)
 
     def _needs_start(self) -> bool:
         return (
@@ -310,7 +338,10 @@ class MergeModule(pl.LightningModule):
 
     def _counts(self) -> list[int]:
         """The iteration counts of which there are states; [0] for methods without."""
-        iterations = self.options.get("iterations", 0)
+        if self.method != "mats":
+            return [0]
+        default = inspect.signature(merging.mats).parameters["iterations"].default
+        iterations = self.options.get("iterations", default)
         return [iterations] if isinstance(iterations, int) else list(iterations)
 
     def _task_weights(self) -> dict[str, float]:
@@ -322,9 +353,7 @@ class MergeModule(pl.LightningModule):
                     f" are {', '.join(self.tasks)}"
                 )
             return {name: float(weights[name]) for name in self.tasks}
-        if weights is not None and len(weights) != len(self.tasks):
-            raise ValueError(f"{len(weights)} weights for {len(self.tasks)} tasks: one a task")
-        return dict(zip(self.tasks, weights or [1.0] * len(self.tasks), strict=True))
+        return dict(zip(self.tasks, check_weights(weights, len(self.tasks)), strict=True))
 
     def _check_arguments(self) -> None:
         if self.method not in METHODS and self.method not in REFERENCES:
@@ -343,19 +372,36 @@ class MergeModule(pl.LightningModule):
                 f"method '{self.method}' with {self.options} needs the model that the tasks"
                 " started from: pass pretrained=<state dict or path>"
             )
-        for what, given in (("individual", self._individual),):
-            if given is not None and (odd := sorted(set(given) ^ set(self.tasks))):
-                raise ValueError(
-                    f"{what}: '{odd[0]}' is no task, or is missing; the tasks are"
-                    f" {', '.join(self.tasks)}"
-                )
+        if self._individual is None:
+            return
+        if odd := sorted(set(self._individual) ^ set(self.tasks)):
+            raise ValueError(
+                f"individual: '{odd[0]}' is no task, or is missing; the tasks are"
+                f" {', '.join(self.tasks)}"
+            )
+        if zero := [name for name, score in self._individual.items() if not score]:
+            raise ValueError(
+                f"individual: '{zero[0]}' has the score 0, and nothing is relative to that; leave"
+                " individual out, or name another metric in Task(metric=...)"
+            )
 
     # -- evaluating --------------------------------------------------------------------------
 
     @override
     def setup(self, stage: str) -> None:
+        for task in self.tasks.values():
+            for hook in NOT_RUN:
+                if is_overridden(hook, task.module):
+                    rank_zero_warn(
+                        f"task '{task.name}': {type(task.module).__name__}.{hook} does not run in a"
+                        " MergeModule; do what it does in an epoch hook"
+                    )
+            with self._speaking_for(task):
+                task.module.setup(stage)
         # Here, not in on_test_start: tensors made in inference mode could not be trained later.
-        self.merge(self.trainer.strategy.root_device, self.trainer.progress_bar_callback is not None)
+        bar = self.trainer.progress_bar_callback is not None
+        self.merge(self.trainer.strategy.root_device, bar)
+        self.use(self._in_use)  # another MergeModule of the same tasks may have put its own in
 
     @override
     def test_dataloader(self) -> list[Any]:
@@ -366,15 +412,7 @@ class MergeModule(pl.LightningModule):
         return self._loaders("validate")
 
     def _loaders(self, stage: str) -> list[Any]:
-        loaders = []
-        for name, task in self.tasks.items():
-            loader = task.dataloader(stage, self.trainer)
-            if isinstance(loader, list | tuple | dict):
-                raise ValueError(
-                    f"task '{name}' has {len(loader)} {stage} data loaders; make each a task"
-                )
-            loaders.append(loader)
-        return loaders
+        return [task.dataloader(stage, self.trainer) for task in self.tasks.values()]
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -383,6 +421,27 @@ class MergeModule(pl.LightningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._step("validation_step", batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_before_batch_transfer", dataloader_idx, batch)
+
+    @override
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        return self._transfer("transfer_batch_to_device", dataloader_idx, batch, device)
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._transfer("on_after_batch_transfer", dataloader_idx, batch)
+
+    def _transfer(self, hook: str, dataloader_idx: int, *arguments: Any) -> Any:
+        """As Lightning does it: the data module's hook where it has one, or else the module's."""
+        task = list(self.tasks.values())[dataloader_idx]
+        of_data = isinstance(task.data, pl.LightningDataModule) and is_overridden(hook, task.data)
+        with self._speaking_for(task):
+            return getattr(task.data if of_data else task.module, hook)(*arguments, 0)
 
     def _step(self, hook: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         task = list(self.tasks.values())[dataloader_idx]
@@ -426,6 +485,7 @@ class MergeModule(pl.LightningModule):
 
     def _log_for(self, task: str, name: str, value: Any, *args: Any, **options: Any) -> None:
         options["add_dataloader_idx"] = False  # the name is unique without it
+        options.pop("metric_attribute", None)  # a name in their module; ours finds it itself
         self.log(f"{task}/{name}", value, *args, **options)
 
     def _log_scores(self) -> None:
@@ -450,20 +510,25 @@ class MergeModule(pl.LightningModule):
 SHARED = "shared parameters"
 
 
+def _head_part(group: str) -> str:
+    return f"head group '{group}'"
+
+
 def _pretrained_model() -> type[Any]:
     from transformers import PreTrainedModel  # seconds to import: only an export needs it
 
     return PreTrainedModel
 
 
-def _is_path(pretrained: Any) -> bool:
-    return isinstance(pretrained, str | os.PathLike)
-
-
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        transient=True,
+    ) as bar:
         row = bar.add_task(what)
         yield lambda name, index, total: bar.update(
             row, completed=index, total=total, description=f"{what}: {name}"

@@ -59,6 +59,7 @@ def _digest(tensor: Tensor) -> str:
 
 def describe(
     coverage: Coverage,
+    statistics: Statistics,
     weights: Mapping[str, Tensor],
     *,
     loss_reduction: LossReduction,
@@ -72,7 +73,7 @@ def describe(
         "loss_reduction": _name_of(loss_reduction),
         "mask": _name_of(mask),
         **how,
-        "coverage": coverage.table(),
+        "coverage": coverage.table(statistics),
         "tied": coverage.aliases,
         "digest": digest({name: weights[name] for name in covered}),
         "versions": versions(),
@@ -136,7 +137,8 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """
     path = Path(path)
     if not path.name.endswith(SUFFIX):
-        path = sidecar_path(path)
+        target = sidecar_path(path.resolve())  # `last.ckpt` may be a link to another checkpoint
+        path = target if path.is_symlink() and target.is_file() else sidecar_path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no statistics at {path}: train with MaTSStatsCallback in the Trainer's callbacks,"
@@ -189,6 +191,9 @@ class SidecarTensors(Mapping[str, Tensor]):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
         return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
+
+    def __contains__(self, key: object) -> bool:  # without reading it
+        return key in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -3,6 +3,7 @@
 They know nothing of layers or tasks, and return the evidence with the value.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def conjugate_gradient(
     positive definite. `keep` names iteration counts whose states are returned too, from the same
     run; a run that stops earlier gives its last state for them.
 
-    Raises ValueError for negative iterations or an operator that gives NaN or inf.
+    Raises ValueError for negative iterations, or NaN or inf in what it is given.
     """
     if iterations < 0 or any(count < 0 for count in keep):
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
@@ -68,14 +69,13 @@ def conjugate_gradient(
         z = preconditioner(r) if preconditioner else r
         rz, before = float((r * z).sum()), rz
         p.mul_(rz / before).add_(z)
-    if not all(map(_finite, residuals)):
-        raise ValueError("the operator or the right-hand side has NaN or inf")
+    if not all(map(math.isfinite, [*residuals, rz])):
+        raise ValueError(
+            "NaN or inf in conjugate gradients: the operator, the preconditioner, the right-hand"
+            " side or the start has it, or the operator is too large for its dtype"
+        )
     kept |= {count: x for count in keep if count > done}
     return Solution(x, done, residuals, residuals[-1] <= tolerance, kept)
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0
 
 
 def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
@@ -91,9 +91,13 @@ def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
             f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
             " raise the damping, or scale the off-diagonal below 1"
         )
-    return lambda r: torch.cholesky_solve(
-        r.double().reshape(-1, len(matrix)).T, factor
-    ).T.reshape(r.shape).to(r.dtype)
+
+    def apply(r: Tensor) -> Tensor:
+        rows = r.double().reshape(-1, len(matrix))
+        solved: Tensor = torch.cholesky_solve(rows.T, factor).T
+        return solved.reshape(r.shape).to(r.dtype)
+
+    return apply
 
 
 def kronecker_inverse(a: Tensor, g: Tensor, damping: float) -> Function:
@@ -101,15 +105,22 @@ def kronecker_inverse(a: Tensor, g: Tensor, damping: float) -> Function:
 
     A (d_in, d_in) and G (d_out, d_out) symmetric positive semi-definite; decomposed in float64,
     negative rounding clamped at 0, applied in the dtype of A.
+
+    Raises ValueError when G x A is singular and there is no damping.
     """
     eigenvalues_a, q_a = torch.linalg.eigh(a.double())
     eigenvalues_g, q_g = torch.linalg.eigh(g.double())
     products = torch.outer(eigenvalues_g.clamp(min=0), eigenvalues_a.clamp(min=0))
+    if not bool((products + damping > 0).all()):
+        raise ValueError(
+            f"the Kronecker product of {tuple(g.shape)} and {tuple(a.shape)} factors is singular"
+            f" with damping {damping:.1e}: raise the damping"
+        )
     inverse = 1 / (products + damping)
-
     qa, qg, inverse = q_a.to(a.dtype), q_g.to(a.dtype), inverse.to(a.dtype)
 
     def apply(r: Tensor) -> Tensor:
-        return qg @ ((qg.T @ r @ qa) * inverse) @ qa.T
+        solved: Tensor = qg @ ((qg.T @ r @ qa) * inverse) @ qa.T
+        return solved
 
     return apply

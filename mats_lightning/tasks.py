@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,22 +49,27 @@ class Task:
     def weights(self) -> Mapping[str, Tensor]:
         """The fine-tuned model's weights, read lazily; names and shapes fit the module.
 
-        Raises ValueError for a checkpoint of another architecture.
+        Raises FileNotFoundError without a checkpoint, ValueError for one that cannot be read or
+        is of another architecture.
         """
-        weights = load_weights(self.checkpoint, self.prefix)
-        expected = {plain_name(n): t.shape for n, t in self.module.state_dict().items()}
+        with self._named_in_errors():
+            weights = load_weights(self.checkpoint, self.prefix)
+        state = self.module.state_dict().items()
+        expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
         if different := sorted(set(expected) ^ set(weights)):
             where = "the module" if different[0] in expected else "the checkpoint"
             raise ValueError(
                 f"task '{self.name}': {self.checkpoint} is of another architecture than"
                 f" {type(self.module).__name__}: '{different[0]}' is in {where} alone"
-                f" ({len(different)} such names)"
+                f" ({len(different)} such names); build the module that was trained, or say which"
+                " prefix its names have in Task(prefix=...)"
             )
         for name, shape in expected.items():
             if weights[name].shape != shape:
                 raise ValueError(
                     f"task '{self.name}': '{name}' has shape {tuple(weights[name].shape)} in"
-                    f" {self.checkpoint}, {type(self.module).__name__} has {tuple(shape)}"
+                    f" {self.checkpoint}, {type(self.module).__name__} has {tuple(shape)}: build"
+                    " the module with the sizes that it was trained with"
                 )
         return weights
 
@@ -74,40 +80,77 @@ class Task:
         """
         statistics = self.statistics
         if not isinstance(statistics, Statistics):
-            statistics = load_statistics(statistics or self.checkpoint)
+            with self._named_in_errors():
+                statistics = load_statistics(statistics or self.checkpoint)
         check_belongs(statistics, self.weights, f"task '{self.name}' ({self.checkpoint})")
         return statistics
 
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        """Errors about files say whose they are."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"task '{self.name}': {error}") from error
+        except ValueError as error:
+            raise ValueError(f"task '{self.name}': {error}") from error
+
     def owns(self, parameter: str) -> bool:
         """Whether the parameter is part of the task's head."""
-        return any(parameter == p or parameter.startswith(f"{p}.") for p in self.head)
+        return any(_begins(parameter, prefix) for prefix in self.head)
 
     def dataloader(self, stage: str, trainer: pl.Trainer | None) -> Any:
-        """The loader of "test" or "validate"."""
+        """The loader of "test" or "validate". Raises ValueError where there are several."""
         if not isinstance(self.data, pl.LightningDataModule):
             return self.data
         self.data.trainer = trainer
         self.data.prepare_data()
         self.data.setup(stage)
-        return self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        loader = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        if isinstance(loader, list | tuple | dict):
+            loaders = list(loader.values() if isinstance(loader, dict) else loader)
+            if len(loaders) != 1:
+                raise ValueError(
+                    f"task '{self.name}' has {len(loaders)} {stage} data loaders; make each a task"
+                )
+            return loaders[0]
+        return loader
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Raises ValueError for no task, a name given twice, or a head that no parameter matches."""
+    """Raises ValueError for no task, a name given twice, a module that several tasks share, a
+    head that no parameter matches, or a head group without a head.
+    """
     if not tasks:
         raise ValueError("MergeModule needs at least one task")
+    owner: dict[int, str] = {}  # parameter -> its task
     for i, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:i]]:
             raise ValueError(f"two tasks are named '{task.name}': give each its own name")
+        for name, parameter in task.module.named_parameters():
+            if owner.setdefault(id(parameter), task.name) != task.name:
+                raise ValueError(
+                    f"tasks '{owner[id(parameter)]}' and '{task.name}' share '{name}': each needs"
+                    " a LightningModule of its own, since each gets its own weights"
+                )
         names = [plain_name(name) for name in task.module.state_dict()]
-        unmatched = [p for p in task.head if not any(n == p or n.startswith(f"{p}.") for n in names)]
-        if unmatched:
+        for prefix in task.head:
+            if not any(_begins(name, prefix) for name in names):
+                raise ValueError(
+                    f"task '{task.name}': no parameter of {type(task.module).__name__} belongs to"
+                    f" the head '{prefix}'; its names begin with"
+                    f" {', '.join(sorted({name.split('.')[0] for name in names}))};"
+                    " pass head=() if the task has none"
+                )
+        if task.head_group is not None and not task.head:
             raise ValueError(
-                f"task '{task.name}': no parameter of {type(task.module).__name__} belongs to the"
-                f" head '{unmatched[0]}'; its names begin with"
-                f" {', '.join(sorted({name.split('.')[0] for name in names}))};"
-                " pass head=() if the task has none"
+                f"task '{task.name}' is in the head group '{task.head_group}' and has no head:"
+                " say which parameters it is in Task(head=...)"
             )
+
+
+def _begins(parameter: str, prefix: str) -> bool:
+    return parameter == prefix or parameter.startswith(f"{prefix}.")
 
 
 class Part(Mapping[str, Tensor]):
@@ -122,6 +165,9 @@ class Part(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._weights[name].to(self._device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

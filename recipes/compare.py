@@ -35,8 +35,7 @@ class Attempt:
 
     settings: dict[str, Any]
     scores: dict[str, float]
-    merge_seconds: float  # points that differ in `iterations` alone share one merge
-    validation_seconds: float
+    seconds: float
 
     @property
     def average(self) -> float:
@@ -56,8 +55,9 @@ class Outcome:
     method: str
     chosen: Attempt
     scores: dict[str, float]
-    test_seconds: float
     attempts: list[Attempt]
+    merge_seconds: float  # of all merges; points that differ in `iterations` alone share one
+    test_seconds: float
     blocks: Mapping[str, Any] = field(repr=False)  # reports of the merge's last iteration
 
     @property
@@ -67,6 +67,14 @@ class Outcome:
         words = [f"{name} {value}" for name, value in settings if isinstance(value, int | float)]
         return Row(self.label, ", ".join(words), self.scores)
 
+    @property
+    def line(self) -> str:
+        points, seconds = len(self.attempts), self.merge_seconds
+        return (
+            f"{self.label}: {mean(self.scores.values()):.3f} on test, {self.chosen.average:.3f} on "
+            f"validation (the best of {points}), {seconds:.0f} s of merging"
+        )
+
     def as_json(self) -> dict[str, Any]:
         return {
             "label": self.label,
@@ -75,6 +83,7 @@ class Outcome:
             "validation_average": self.chosen.average,
             "test_average": mean(self.scores.values()),
             "test_scores": self.scores,
+            "merge_seconds": self.merge_seconds,
             "test_seconds": self.test_seconds,
             "grid": [asdict(attempt) for attempt in self.attempts],
         }
@@ -132,22 +141,25 @@ class Comparison:
             self._bar = self._progress.add_task("", total=steps + len(methods))
             for label, method in methods.items():
                 outcomes.append(self._compare(label, method))
+                self._progress.console.print(outcomes[-1].line, highlight=False, soft_wrap=True)
         return outcomes
 
     def _compare(self, label: str, method: MethodOptions) -> Outcome:
         attempts: list[Attempt] = []
         kept: tuple[Attempt, MergeModule] | None = None
+        merge_seconds = 0.0
         for options, counts in method.merges():
             module = self._module(method.method, options)
             device = self.trainer.strategy.root_device
-            _, merge_seconds = self._step(f"{label}: merge", module.merge, device, False)
+            _, seconds = self._step(f"{label}: merge", module.merge, device, False)
+            merge_seconds += seconds
             for count in counts:
                 settings = {**options, "iterations": count} if count else options
                 module.use(count)
                 scores, seconds = self._step(
                     f"{label}: validation", evaluate, module, self.trainer.validate
                 )
-                attempts.append(Attempt(settings, scores, merge_seconds, seconds))
+                attempts.append(Attempt(settings, scores, seconds))
                 if kept is None or attempts[-1].average > kept[0].average:
                     kept = attempts[-1], module
         assert kept is not None
@@ -156,7 +168,9 @@ class Comparison:
         blocks = module.blocks
         module.use(chosen.iterations)
         scores, seconds = self._step(f"{label}: test", evaluate, module, self.trainer.test)
-        outcome = Outcome(label, method.method, chosen, scores, seconds, attempts, blocks)
+        outcome = Outcome(
+            label, method.method, chosen, scores, attempts, merge_seconds, seconds, blocks
+        )
         if method.method == "individual":
             self.individual = scores
         better = self.best is None or chosen.average > self.best[0].chosen.average

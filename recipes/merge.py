@@ -84,8 +84,8 @@ def finetuned_tasks(options: Options) -> tuple[list[Task], dict[str, Any]]:
         print(f"task {number} of {len(options.tasks)}: {task.name}")
         data = task_data(options, task)
         trained = train_task(options, task, data)
-        done = "trained" if trained.now else "kept as it was trained earlier,"
-        print(f"{task.name}: {done} in {trained.seconds:.0f} s: {trained.checkpoint}")
+        when = "now" if trained.now else "earlier, kept"
+        print(f"{task.name}: {trained.checkpoint} (trained {when}, {trained.seconds:.0f} s)")
         module = task_module(options, task, data)
         tasks.append(Task(task.name, module, trained.checkpoint, data, head_group=task.head_group))
         record[task.name] = {

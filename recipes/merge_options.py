@@ -2,12 +2,14 @@
 
 import argparse
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 from text_data import HubDataset
 from text_tasks import TASKS
@@ -120,26 +122,35 @@ class Options:
 
 
 def parse_options(args: Sequence[str] | None = None) -> Options:
-    """The options from the command line: over `--config` (merge.yaml without one) and `--fast`.
+    """The options from merge.yaml, each `--config` over it, `--fast` over them, and `args` over all.
+
+    What a later one says of `tasks` or `methods` replaces the whole of it: jsonargparse would mix
+    a method's grid with that of the method of the same name before it. So these are put together
+    here, and it gets one configuration to check.
 
     Raises SystemExit with the reason when an argument does not exist or does not fit.
     """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", action="append", default=[])
-    files.add_argument("--fast", action="store_true")
-    named, rest = files.parse_known_args(args)
     parser = ArgumentParser(
-        prog="merge.py",
-        description="Fine-tune, merge by all methods, compare on all tasks.",
-        default_config_files=[DEFAULT],
+        prog="merge.py", description="Fine-tune, merge by every method, compare on all tasks."
     )
-    parser.add_argument("--config", action="config", help="YAML over the defaults of merge.yaml")
-    parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST.name}")
-    parser.add_class_arguments(Options, None)
-    configs = [*named.config, *([str(FAST)] if named.fast else [])]
-    parsed = parser.parse_args([part for path in configs for part in ("--config", path)] + rest)
-    built = parser.instantiate(parsed)
+    parser.add_argument("--config", action="config", help=f"YAML over the defaults in {DEFAULT}")
+    parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST}")
+    parser.add_class_arguments(Options)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--fast", action="store_true")
+    first.add_argument("--tasks")
+    first.add_argument("--methods")
+    known, rest = first.parse_known_args(args)
     try:
-        return Options(**{name: built[name] for name in Options.__dataclass_fields__})
-    except ValueError as error:
+        settings: dict[str, Any] = {}
+        for path in [DEFAULT, *known.config, *([FAST] if known.fast else [])]:
+            settings |= yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        for name in ("tasks", "methods"):
+            if (given := getattr(known, name)) is not None:
+                settings[name] = yaml.safe_load(given)
+        parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
+        built = parser.instantiate(parsed)
+        return Options(**{option.name: built[option.name] for option in fields(Options)})
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))

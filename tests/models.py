@@ -197,6 +197,41 @@ class ByKeyword(MLP):
         return classified(self.second(input=self.activation(self.first(input=batch["x"]))), batch)
 
 
+class Twice(MLP):
+    """A layer is called twice on the very same tensor."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        h = self.first(batch["x"]) * torch.sigmoid(self.first(batch["x"]))
+        return classified(self.second(h), batch)
+
+
+class Hooked(MLP):
+    """A hook of the user's changes what the layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.register_forward_hook(lambda module, args, output: 2 * output + 1)
+
+
+class Adversarial(MLP):
+    """Trains on inputs moved along the gradient of the loss: a backward pass within the forward."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        (step,) = torch.autograd.grad(super().forward(batch | {"x": x}).sum(), x)
+        return super().forward(batch | {"x": x.detach() + step.sign()})
+
+
+class GradientPenalty(MLP):
+    """The loss has the gradient of the prediction in it: not of the form that layers have."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        losses = super().forward(batch | {"x": x})
+        (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return losses + slope.square().sum(-1)
+
+
 class Teacher(MLP):
     """The model's own prediction without gradient is a second target: the layers run twice."""
 
@@ -237,17 +272,18 @@ class Categories(nn.Module):
         return classified(self.head(torch.tanh(self.layer(x))), batch)
 
 
-class PlacesWithDropout(Transformer):
-    """What is looked up once goes through other operations before it meets the batch."""
+class Places(nn.Module):
+    """How positions that are looked up once, (1, R), meet the batch: `meet(words, places)`."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(11, D), nn.Embedding(9, D), nn.Linear(D, 3)
+        self.meet = meet
 
     def forward(self, batch: Batch) -> Tensor:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        places = F.dropout(self.places(torch.arange(ids.shape[1])[None]), 0.5, self.training)
-        x = self.words(ids) + places.repeat(len(ids), 1, 1)
-        for block in self.blocks:
-            x = block(x, mask)
-        keep = mask.unsqueeze(-1).to(x.dtype)
-        return classified(self.head((x * keep).sum(1) / keep.sum(1)), batch)
+        ids = batch["input_ids"]
+        x = self.meet(self.words(ids), self.places(torch.arange(ids.shape[1])[None]))
+        return classified(self.head(torch.tanh(x).mean(1)), batch)
 
 
 def ways(*names: str, make: Callable[..., list[Batch]] = vectors) -> list[Batch]:

@@ -47,6 +47,7 @@ def expected(
     root = root if root is not None else model  # type: ignore[assignment]
     assert isinstance(root, nn.Module)
     parameters = {n: p for n, p in root.named_parameters() if p.requires_grad}
+    vectors = {n for n, p in parameters.items() if p.ndim == 1 or _of_norm(root, n)}
     total = Expected()
     for row in (row for batch in batches for row in rows_of(batch)):
         with recorded_calls(root) as calls:
@@ -61,8 +62,8 @@ def expected(
         for (name, parameter), gradient in zip(parameters.items(), own, strict=True):
             gradient = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             add(total.diagonal_fisher, name, gradient.square())
-            if with_blocks and parameter.ndim == 1:
-                add(total.block_fisher, name, torch.outer(gradient, gradient))
+            if with_blocks and name in vectors:
+                add(total.block_fisher, name, torch.outer(gradient.flatten(), gradient.flatten()))
         for (name, a, _), g in zip(tracked, outputs, strict=True):
             if g is None:
                 continue
@@ -79,6 +80,10 @@ def expected(
     for name, tensor in total.gram.items():
         tensor /= total.positions[name]
     return total
+
+
+def _of_norm(root: nn.Module, parameter: str) -> bool:
+    return isinstance(root.get_submodule(parameter.rpartition(".")[0]), nn.LayerNorm)
 
 
 def add(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:

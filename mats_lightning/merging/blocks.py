@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.models import Weights, weighted_mean
+from mats_lightning.merging.models import Weights, check_models, weighted_mean
 from mats_lightning.operators import (
     Damped,
     Dense,
@@ -21,26 +21,47 @@ from mats_lightning.statistics import Statistics
 UNCOVERED = ("average", "pretrained", "error")
 
 
-def covering_statistic(
-    name: str, kinds: Sequence[str], statistics: Sequence[Statistics]
-) -> str | None:
-    """The first of `kinds` that covers the parameter in all models; None if none does in any.
+def covering_statistics(
+    names: Sequence[str], kinds: Sequence[str], statistics: Sequence[Statistics]
+) -> dict[str, str]:
+    """parameter -> the first of `kinds` that covers it in all models, where there is one.
 
-    Raises ValueError when it is covered in some models only.
+    Raises ValueError for a parameter that is covered in some models only, and when no parameter
+    is covered at all.
     """
-    for kind in kinds:
-        if kind == "identity":
-            return kind
-        key = name.removesuffix(".weight") if kind in ("gram", "kfac") else name
-        covered = [key in getattr(s, kind) for s in statistics]
-        if all(covered):
-            return kind
-        if any(covered):
-            raise ValueError(
-                f"'{name}' has the statistic {kind} in model {covered.index(True)} but not in"
-                f" model {covered.index(False)}: take the same statistics of every model"
-            )
-    return None
+    # iterating a view reads no tensor
+    known = {k: [set(getattr(s, k)) for s in statistics] for k in kinds if k != "identity"}
+    covering: dict[str, str] = {}
+    for name in names:
+        for kind in kinds:
+            if kind == "identity":
+                covering[name] = kind
+                break
+            covered = [
+                _key(name, kind, s) in keys for s, keys in zip(statistics, known[kind], strict=True)
+            ]
+            if all(covered):
+                covering[name] = kind
+                break
+            if any(covered):
+                raise ValueError(
+                    f"'{name}' has the statistic {kind} in model {covered.index(True)} but not in"
+                    f" model {covered.index(False)}: take the same statistics of every model"
+                )
+    if not covering:
+        found = sorted(key for sets in known.values() for keys in sets for key in keys)
+        raise ValueError(
+            f"no parameter ('{names[0]}' ...) has the statistic {' or '.join(kinds)}: the"
+            " statistics hold "
+            + (f"that of '{found[0]}' ...; is a prefix missing?" if found else "none of this kind")
+        )
+    return covering
+
+
+def _key(name: str, kind: str, statistics: Statistics) -> str:
+    """The name under which the statistic of a parameter is stored."""
+    name = statistics.info.get("tied", {}).get(name, name)
+    return name.removesuffix(".weight") if kind in ("gram", "kfac") else name
 
 
 def operator(
@@ -67,21 +88,28 @@ def operator(
             raise ValueError(f"the {kind} of '{name}' has NaN or inf; take the statistics anew")
         return tensor.detach().to(like)
 
-    module = name.removesuffix(".weight")
     if kind == "identity":
         return Identity()
+    key = _key(name, kind, statistics)
     if kind == "diagonal_fisher":
-        f = fitted(statistics.diagonal_fisher[name], tuple(like.shape))
+        f = fitted(statistics.diagonal_fisher[key], tuple(like.shape))
         return Diagonal(f.clamp(min=floor))
     if kind == "block_fisher":
         d = like.numel()
-        return Dense(scale_off_diagonal(fitted(statistics.block_fisher[name], (d, d)), off_diagonal))
+        return Dense(scale_off_diagonal(fitted(statistics.block_fisher[key], (d, d)), off_diagonal))
+    if like.ndim != 2:
+        raise ValueError(
+            f"'{name}' has the statistic {kind}, which a matrix has, and the shape"
+            f" {tuple(like.shape)}: these statistics are of another architecture"
+        )
     d_out, d_in = like.shape
     if kind == "gram":
-        return Gram(scale_off_diagonal(fitted(statistics.gram[module], (d_in, d_in)), off_diagonal))
-    a, g = statistics.kfac[module]
+        return Gram(scale_off_diagonal(fitted(statistics.gram[key], (d_in, d_in)), off_diagonal))
+    a, g = statistics.kfac[key]
     a, g = fitted(a, (d_in, d_in)), fitted(g, (d_out, d_out))
-    return KroneckerFactored(scale_off_diagonal(a, off_diagonal), scale_off_diagonal(g, off_diagonal))
+    return KroneckerFactored(
+        scale_off_diagonal(a, off_diagonal), scale_off_diagonal(g, off_diagonal)
+    )
 
 
 def task_operators(
@@ -100,7 +128,8 @@ def task_operators(
 
     `normalize` divides each C_i by its mean eigenvalue first (its trace, up to the size). All
     are divided by one number, so that the mean eigenvalue of their sum is 1: the curvature of a
-    well fitted model is so small that float32 would run out of range.
+    well fitted model is so small that float32 would run out of range. Where all are zero, they
+    are w_i I: no evidence gives the average.
     """
     operators = []
     for task, weight in zip(statistics, weights, strict=True):
@@ -111,7 +140,9 @@ def task_operators(
         c = c.scaled(weight)
         operators.append(Damped(c, damping * weight * mean) if damping and mean > 0 else c)
     total = sum(c.mean_eigenvalue() for c in operators)
-    return [c.scaled(1 / total) for c in operators] if total > 0 else operators
+    if total > 0:
+        return [c.scaled(1 / total) for c in operators]
+    return [Identity(weight / sum(weights)) for weight in weights]
 
 
 def uncovered_value(
@@ -122,27 +153,38 @@ def uncovered_value(
     uncovered: str,
 ) -> Tensor:
     """The value of a parameter without a statistic: `uncovered` is the user's choice."""
-    if uncovered == "error":
-        raise ValueError(
-            f"'{name}' is covered by no statistic of this objective; choose"
-            " uncovered='average' or 'pretrained', or a statistic that covers it"
-        )
     if uncovered == "pretrained":
         assert pretrained is not None
-        return pretrained[name].detach().to(tensors[0])
+        return pretrained[name].detach().to(tensors[0], copy=True)
     return weighted_mean(tensors, weights)
 
 
 def check_statistics(
     thetas: Sequence[Weights],
     statistics: Sequence[Statistics],
+    kinds: Sequence[str],
     uncovered: str,
     pretrained: Weights | None,
-) -> None:
-    """Raises ValueError for a wrong count of statistics or a wrong choice of `uncovered`."""
+) -> dict[str, str]:
+    """parameter -> the statistic that its C_i are made of; what is not in it is uncovered.
+
+    Raises ValueError for a wrong count of statistics, what `covering_statistics` raises, a wrong
+    choice of `uncovered`, or, with "error", an uncovered parameter.
+    """
     if len(statistics) != len(thetas):
-        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: one a model")
+        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered={uncovered!r}; choose from {', '.join(UNCOVERED)}")
     if uncovered == "pretrained" and pretrained is None:
         raise ValueError("uncovered='pretrained' needs pretrained=<state dict>")
+    if uncovered == "pretrained":
+        check_models(thetas[:1], pretrained)
+    covering = covering_statistics(list(thetas[0]), kinds, statistics)
+    if uncovered == "error":
+        for name in thetas[0]:
+            if name not in covering and thetas[0][name].is_floating_point():
+                raise ValueError(
+                    f"'{name}' has no statistic {' or '.join(kinds)}; choose"
+                    " uncovered='average' or 'pretrained', or a statistic that covers it"
+                )
+    return covering

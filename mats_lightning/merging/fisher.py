@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     check_statistics,
-    covering_statistic,
     task_operators,
     uncovered_value,
 )
-from mats_lightning.merging.models import Weights, check_models, check_weights, parameters
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_range,
+    check_weights,
+    parameters,
+    weighted_mean,
+)
 from mats_lightning.statistics import Statistics
+
+STATISTICS = ("diagonal_fisher",)
 
 
 def fisher(
@@ -26,24 +35,27 @@ def fisher(
 ) -> dict[str, Tensor]:
     """sum w_i F_i theta_i / sum w_i F_i, elementwise (arXiv 2111.09832, eq. 4).
 
-    F_i is the diagonal Fisher, floored at `floor` (1e-8 in the papers), so that no evidence at
-    all gives the average. `normalize` divides each F_i by its mean, a parameter at a time.
-    Parameters without a diagonal Fisher: `uncovered` = "average", "pretrained" or "error".
+    F_i is the diagonal Fisher, floored at `floor` (1e-8 in the papers). Where there is no
+    evidence at all, the value is the average. `normalize` divides each F_i by its mean, a
+    parameter at a time. Parameters without a diagonal Fisher: `uncovered` = "average",
+    "pretrained" or "error".
 
-    Raises ValueError for models or statistics that do not fit together.
+    Raises ValueError for models or statistics that do not fit together, or a negative floor.
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
-    check_statistics(thetas, statistics, uncovered, pretrained)
+    check_range("floor", floor)
+    kind_of = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
     merged: dict[str, Tensor] = {}
-    for name, tensors in parameters(names, thetas, merged):
-        kind = covering_statistic(name, ["diagonal_fisher"], statistics)
-        if kind is None:
-            value = uncovered_value(name, tensors, w, pretrained, uncovered)
-        else:
+    for name, tensors, dtype in parameters(names, thetas, merged):
+        if name in kind_of:
             operators = task_operators(
-                name, kind, statistics, tensors[0], w, floor=floor, normalize=normalize
+                name, kind_of[name], statistics, tensors[0], w, floor=floor, normalize=normalize
             )
-            b = sum(c.matvec(t) for c, t in zip(operators, tensors, strict=True))
-            value = b / sum(c.matvec(t.new_ones(t.shape)) for c, t in zip(operators, tensors, strict=True))
-        merged[name] = value.to(thetas[0][name].dtype)
+            zero, one = torch.zeros_like(tensors[0]), torch.ones_like(tensors[0])
+            b = sum((c.matvec(t) for c, t in zip(operators, tensors, strict=True)), zero)
+            total = sum((c.matvec(one) for c in operators), zero)
+            value = torch.where(total > 0, b / total, weighted_mean(tensors, w))
+        else:
+            value = uncovered_value(name, tensors, w, pretrained, uncovered)
+        merged[name] = value.to(dtype)
     return merged

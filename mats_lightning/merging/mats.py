@@ -6,24 +6,26 @@ conjugate gradient method, from a chosen start and for a chosen number of iterat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     check_statistics,
-    covering_statistic,
     task_operators,
     uncovered_value,
 )
 from mats_lightning.merging.models import (
     Weights,
     check_models,
+    check_range,
     check_weights,
     parameters,
     weighted_mean,
 )
 from mats_lightning.merging.preconditioner import block_preconditioner
+from mats_lightning.operators import Operator
 from mats_lightning.solvers import conjugate_gradient
 from mats_lightning.statistics import Statistics
 
@@ -56,25 +58,31 @@ class MergeResult:
     uncovered: list[str] = field(default_factory=list)
 
 
+class Options(TypedDict, total=False):
+    """What `mats` takes beside `iterations`, for type checkers."""
+
+    objective: str | Sequence[str]
+    init: str | Weights
+    preconditioner: str | None
+    preconditioner_damping: float
+    off_diagonal: float
+    damping: float
+    floor: float
+    normalize: bool
+    tolerance: float
+    weights: Sequence[float] | None
+    uncovered: str
+    pretrained: Weights | None
+    on_block: OnBlock | None
+
+
 @overload
 def mats(
     thetas: Sequence[Weights],
     statistics: Sequence[Statistics],
     *,
     iterations: int = ...,
-    objective: str | Sequence[str] = ...,
-    init: str | Weights = ...,
-    preconditioner: str | None = ...,
-    preconditioner_damping: float = ...,
-    off_diagonal: float = ...,
-    damping: float = ...,
-    floor: float = ...,
-    normalize: bool = ...,
-    tolerance: float = ...,
-    weights: Sequence[float] | None = ...,
-    uncovered: str = ...,
-    pretrained: Weights | None = ...,
-    on_block: OnBlock | None = ...,
+    **options: Unpack[Options],
 ) -> MergeResult: ...
 
 
@@ -84,19 +92,7 @@ def mats(
     statistics: Sequence[Statistics],
     *,
     iterations: Sequence[int],
-    objective: str | Sequence[str] = ...,
-    init: str | Weights = ...,
-    preconditioner: str | None = ...,
-    preconditioner_damping: float = ...,
-    off_diagonal: float = ...,
-    damping: float = ...,
-    floor: float = ...,
-    normalize: bool = ...,
-    tolerance: float = ...,
-    weights: Sequence[float] | None = ...,
-    uncovered: str = ...,
-    pretrained: Weights | None = ...,
-    on_block: OnBlock | None = ...,
+    **options: Unpack[Options],
 ) -> dict[int, MergeResult]: ...
 
 
@@ -141,26 +137,27 @@ def mats(
         uncovered: parameters without a statistic: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
 
-    Raises ValueError for models or statistics that do not fit together, unknown names, negative
-    iterations, factors with NaN or inf.
+    Raises ValueError for models or statistics that do not fit together, unknown names, options
+    out of range, factors with NaN or inf.
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
-    check_statistics(thetas, statistics, uncovered, pretrained)
     counts = [iterations] if isinstance(iterations, int) else list(iterations)
     if not counts or min(counts) < 0:
         raise ValueError(f"iterations={iterations}: give counts that are not negative")
     if preconditioner not in ("kronecker", None):
         raise ValueError(f"preconditioner={preconditioner!r}; choose 'kronecker' or None")
-    kinds = _kinds(objective)
+    check_range("preconditioner_damping", preconditioner_damping)
+    check_range("off_diagonal", off_diagonal, highest=1)
+    check_range("damping", damping)
+    check_range("floor", floor)
+    kind_of = check_statistics(thetas, statistics, _kinds(objective), uncovered, pretrained)
     start = _start(init, pretrained, thetas)
     results = {count: MergeResult({}) for count in counts}
     fixed: dict[str, Tensor] = {}  # not floating point: equal in all models
-    for index, (name, tensors) in enumerate(parameters(names, thetas, fixed)):
+    for index, (name, tensors, dtype) in enumerate(parameters(names, thetas, fixed)):
         if on_block is not None:
             on_block(name, index, len(names))
-        dtype = thetas[0][name].dtype
-        kind = covering_statistic(name, kinds, statistics)
-        if kind is None:
+        if name not in kind_of:
             value = uncovered_value(name, tensors, w, pretrained, uncovered).to(dtype)
             for result in results.values():
                 result.state_dict[name] = value
@@ -168,7 +165,7 @@ def mats(
             continue
         operators = task_operators(
             name,
-            kind,
+            kind_of[name],
             statistics,
             tensors[0],
             w,
@@ -177,40 +174,46 @@ def mats(
             damping=damping,
             normalize=normalize,
         )
+        zero = torch.zeros_like(tensors[0])
         x0 = weighted_mean(tensors, w) if start is None else start[name].detach().to(tensors[0])
 
-        def matvec(x: Tensor, operators=operators) -> Tensor:  # type: ignore[no-untyped-def]
-            return sum(c.matvec(x) for c in operators)
+        def matvec(x: Tensor, operators: Sequence[Operator] = operators) -> Tensor:
+            return sum((c.matvec(x) for c in operators), torch.zeros_like(x))
 
-        solution = conjugate_gradient(
-            matvec,
-            sum(c.matvec(t) for c, t in zip(operators, tensors, strict=True)),
-            x0,
-            iterations=max(counts),
-            tolerance=tolerance,
-            preconditioner=block_preconditioner(operators, preconditioner_damping)
-            if preconditioner
-            else None,
-            keep=counts,
-        )
+        try:
+            solution = conjugate_gradient(
+                matvec,
+                sum((c.matvec(t) for c, t in zip(operators, tensors, strict=True)), zero),
+                x0,
+                iterations=max(counts),
+                tolerance=tolerance,
+                preconditioner=block_preconditioner(operators, preconditioner_damping)
+                if preconditioner
+                else None,
+                keep=counts,
+            )
+        except ValueError as error:
+            raise ValueError(f"MaTS of '{name}': {error}") from error
         for count, result in results.items():
             done = min(count, solution.iterations)
             residuals = solution.residuals[: done + 1]
             result.state_dict[name] = solution.kept[count].to(dtype)
-            result.blocks[name] = Block(kind, done, residuals, residuals[-1] <= tolerance)
+            result.blocks[name] = Block(kind_of[name], done, residuals, residuals[-1] <= tolerance)
     for result in results.values():
         result.state_dict |= fixed
     return results[counts[0]] if isinstance(iterations, int) else results
 
 
 def _kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
-    known = {kind for kinds in OBJECTIVES.values() for kind in kinds}
+    known = sorted({kind for kinds in OBJECTIVES.values() for kind in kinds})
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             raise ValueError(f"objective={objective!r}; choose from {', '.join(OBJECTIVES)}")
         return OBJECTIVES[objective]
     if unknown := [kind for kind in objective if kind not in known]:
         raise ValueError(f"no statistic is called {unknown[0]!r}; there are {', '.join(known)}")
+    if not objective:
+        raise ValueError(f"the objective is empty: name statistics out of {', '.join(known)}")
     return tuple(objective)
 
 
@@ -219,12 +222,12 @@ def _start(
 ) -> Weights | None:
     """The start as a state dict; None is the average, made a parameter at a time."""
     if isinstance(init, Mapping):
-        check_models([thetas[0]], init)
+        check_models(thetas[:1], init, label="the state dict in init")
         return init
     if init == "average":
         return None
     if init == "pretrained" and pretrained is not None:
-        check_models(thetas, pretrained)
+        check_models(thetas[:1], pretrained)
         return pretrained
     if init == "pretrained":
         raise ValueError("init='pretrained' needs pretrained=<state dict>")

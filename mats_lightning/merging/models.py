@@ -1,6 +1,8 @@
 """What all merge functions check and share: models that fit together, and their weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -8,41 +10,50 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]  # a state dict, possibly read lazily
 
 
-def check_models(thetas: Sequence[Weights], pretrained: Weights | None = None) -> list[str]:
+def check_models(
+    thetas: Sequence[Weights], start: Weights | None = None, label: str = "the pretrained model"
+) -> list[str]:
     """The names that all models have, in the order of the first.
 
     Raises ValueError, naming the model and the parameter, for models that do not have the same
-    names and shapes, or no common parameter at all.
+    names and shapes, or no common parameter at all. What only `start` has (its own head) takes
+    no part.
     """
     if not thetas:
         raise ValueError("there is no model to merge")
     names = list(thetas[0])
-    others = [(f"model {i}", theta) for i, theta in enumerate(thetas[1:], start=1)]
-    if pretrained is not None:
-        others.append(("the pretrained model", pretrained))
-    for label, theta in others:
-        if not set(names) & set(theta):
-            raise ValueError(
-                f"model 0 and {label} have no common parameter: '{next(iter(names), '')}' ..."
-                f" against '{next(iter(theta), '')}' ...; is a prefix missing?"
-            )
-        only = sorted(set(names) - set(theta))
-        # what only the pretrained model has (its own head) takes no part
-        extra = sorted(set(theta) - set(names)) if theta is not pretrained else []
-        if only or extra:
-            raise ValueError(
-                f"model 0 and {label} are of different architectures: '{(only or extra)[0]}' is"
-                f" in {'model 0' if only else label} alone ({len(only) + len(extra)} such names);"
-                " leave the parameters that belong to a task out (heads)"
-            )
-        for name in names:
-            if thetas[0][name].shape != theta[name].shape:
-                raise ValueError(
-                    f"'{name}' has shape {tuple(thetas[0][name].shape)} in model 0 and"
-                    f" {tuple(theta[name].shape)} in {label}; a head of another size belongs to"
-                    " its task: leave it out"
-                )
+    if not names:
+        raise ValueError("model 0 has no parameter: there is nothing to merge")
+    shapes = {name: tuple(thetas[0][name].shape) for name in names}
+    for i, theta in enumerate(thetas[1:], start=1):
+        extra = sorted(set(theta) - set(names))
+        _check_model(shapes, f"model {i}", theta, extra)
+    if start is not None:
+        _check_model(shapes, label, start, extra=[])
     return names
+
+
+def _check_model(
+    shapes: Mapping[str, tuple[int, ...]], label: str, theta: Weights, extra: Sequence[str]
+) -> None:
+    if not shapes.keys() & set(theta):
+        raise ValueError(
+            f"model 0 and {label} have no common parameter: '{next(iter(shapes))}' ..."
+            f" against '{next(iter(theta), '')}' ...; is a prefix missing?"
+        )
+    missing = sorted(shapes.keys() - set(theta))
+    if missing or extra:
+        raise ValueError(
+            f"model 0 and {label} are of different architectures: '{[*missing, *extra][0]}' is"
+            f" in {'model 0' if missing else label} alone ({len(missing) + len(extra)} such names);"
+            " leave the parameters that belong to a task out (heads)"
+        )
+    for name, shape in shapes.items():
+        if tuple(theta[name].shape) != shape:
+            raise ValueError(
+                f"'{name}' has shape {shape} in model 0 and {tuple(theta[name].shape)} in {label};"
+                " a head of another size belongs to its task: leave it out"
+            )
 
 
 def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
@@ -56,30 +67,42 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def merge_dtype(tensor: Tensor) -> torch.dtype:
+def check_range(option: str, value: float, highest: float = math.inf) -> None:
+    """Raises ValueError for a value outside [0, highest], or NaN."""
+    if not 0 <= value <= highest:
+        raise ValueError(
+            f"{option}={value}: it lies between 0 and {highest:g}"
+            if highest < math.inf
+            else f"{option}={value}: it cannot be negative"
+        )
+
+
+def merge_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Computed in float32 at least, whatever the models are stored in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def parameters(
     names: Sequence[str], thetas: Sequence[Weights], merged: dict[str, Tensor]
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, the models' tensors in the dtype to compute in), one parameter at a time.
+) -> Iterator[tuple[str, list[Tensor], torch.dtype]]:
+    """(name, the models' tensors in the dtype to compute in, the dtype to return), one at a time.
 
     What is not floating point (position ids, counters) is not merged: it must be equal in all
     models and goes to `merged` as it is. Raises ValueError where it is not equal.
     """
     for name in names:
-        tensors = [theta[name] for theta in thetas]
-        if tensors[0].is_floating_point():
-            dtype = merge_dtype(tensors[0])
-            yield name, [tensor.detach().to(dtype) for tensor in tensors]
+        tensors = [theta[name].detach() for theta in thetas]
+        if all(tensor.is_floating_point() for tensor in tensors):
+            stored = reduce(torch.promote_types, (t.dtype for t in tensors))
+            dtype = merge_dtype(tensors)
+            yield name, [tensor.to(dtype) for tensor in tensors], stored
             continue
         for i, tensor in enumerate(tensors):
-            if not torch.equal(tensor, tensors[0]):
+            if not torch.equal(tensor, tensors[0]) or tensor.dtype != tensors[0].dtype:
                 raise ValueError(
-                    f"'{name}' ({tensor.dtype}) differs between model 0 and model {i} and cannot"
-                    " be merged, since it is not floating point; leave it out"
+                    f"'{name}' differs between model 0 ({tensors[0].dtype}) and model {i}"
+                    f" ({tensor.dtype}) and cannot be merged, since it is not floating point;"
+                    " leave it out"
                 )
         merged[name] = tensors[0].clone()
 

@@ -36,10 +36,12 @@ def block_preconditioner(operators: Sequence[Operator], damping: float) -> Funct
         total = torch.stack([cast(Diagonal, c).f for c in parts]).sum(0) + shift
         return lambda r: r / total
     if isinstance(first, Dense):
-        inverse = symmetric_inverse(sum(cast(Dense, c).c for c in parts), shift)
+        c_sum = sum((cast(Dense, c).c for c in parts), torch.zeros_like(first.c))
+        inverse = symmetric_inverse(c_sum, shift)
         return lambda r: inverse(r.reshape(1, -1)).view_as(r)
     if isinstance(first, Gram):
-        return symmetric_inverse(sum(cast(Gram, c).a for c in parts), shift)
+        a_sum = sum((cast(Gram, c).a for c in parts), torch.zeros_like(first.a))
+        return symmetric_inverse(a_sum, shift)
     assert isinstance(first, KroneckerFactored)
     a, g = torch.zeros_like(first.a), torch.zeros_like(first.g)
     for c in cast(Sequence[KroneckerFactored], parts):

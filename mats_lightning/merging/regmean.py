@@ -7,13 +7,20 @@ from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     check_statistics,
-    covering_statistic,
     task_operators,
     uncovered_value,
 )
-from mats_lightning.merging.models import Weights, check_models, check_weights, parameters
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_range,
+    check_weights,
+    parameters,
+)
 from mats_lightning.solvers import symmetric_inverse
 from mats_lightning.statistics import Statistics
+
+STATISTICS = ("gram",)
 
 
 def regmean(
@@ -34,32 +41,38 @@ def regmean(
     Cholesky factor in float64. Parameters without a Gram matrix: `uncovered` = "average",
     "pretrained" or "error".
 
-    Raises ValueError for models or statistics that do not fit together, or a singular sum.
+    Raises ValueError for models or statistics that do not fit together, an off-diagonal scaling
+    outside [0, 1], a negative damping, or a singular sum.
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
-    check_statistics(thetas, statistics, uncovered, pretrained)
+    check_range("off_diagonal", off_diagonal, highest=1)
+    check_range("damping", damping)
+    kind_of = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
     merged: dict[str, Tensor] = {}
-    for name, tensors in parameters(names, thetas, merged):
-        kind = covering_statistic(name, ["gram"], statistics)
-        if kind is None:
-            value = uncovered_value(name, tensors, w, pretrained, uncovered)
-        else:
+    for name, tensors, dtype in parameters(names, thetas, merged):
+        if name in kind_of:
+            doubles = [tensor.double() for tensor in tensors]
             operators = task_operators(
                 name,
-                kind,
+                kind_of[name],
                 statistics,
-                tensors[0].double(),
+                doubles[0],
                 w,
                 off_diagonal=off_diagonal,
                 damping=damping,
                 normalize=normalize,
             )
-            b = sum(c.matvec(t.double()) for c, t in zip(operators, tensors, strict=True))
+            b = sum(
+                (c.matvec(t) for c, t in zip(operators, doubles, strict=True)),
+                torch.zeros_like(doubles[0]),
+            )
             eye = torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
-            total = sum(c.matvec(eye) for c in operators)
+            total = sum((c.matvec(eye) for c in operators), torch.zeros_like(eye))
             try:
                 value = symmetric_inverse(total, 0.0)(b)
             except ValueError as error:
                 raise ValueError(f"RegMean of '{name}': {error}") from error
-        merged[name] = value.to(thetas[0][name].dtype)
+        else:
+            value = uncovered_value(name, tensors, w, pretrained, uncovered)
+        merged[name] = value.to(dtype)
     return merged

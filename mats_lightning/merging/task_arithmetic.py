@@ -20,10 +20,10 @@ def task_arithmetic(
     """
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
     merged: dict[str, Tensor] = {}
-    for name, tensors in parameters(names, thetas, merged):
-        start = pretrained[name].to(tensors[0])
+    for name, tensors, dtype in parameters(names, thetas, merged):
+        start = pretrained[name].detach().to(tensors[0])
         total = start.clone()
         for tensor, weight in zip(tensors, w, strict=True):
             total.add_(tensor - start, alpha=scale * weight)
-        merged[name] = total.to(thetas[0][name].dtype)
+        merged[name] = total.to(dtype)
     return merged

@@ -32,33 +32,45 @@ def ties(
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: the share that is kept lies in (0, 1]")
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
-    thresholds = [_threshold(names, theta, pretrained, density) for theta in thetas]
+    thresholds = _thresholds(names, thetas, pretrained, density)
     merged: dict[str, Tensor] = {}
-    for name, tensors in parameters(names, thetas, merged):
-        start = pretrained[name].to(tensors[0])
-        total, agreeing = torch.zeros_like(start), torch.zeros_like(start)
+    for name, tensors, dtype in parameters(names, thetas, merged):
+        start = pretrained[name].detach().to(tensors[0])
         trimmed = []
         for tensor, threshold in zip(tensors, thresholds, strict=True):
             tau = tensor - start
             trimmed.append(torch.where(tau.abs() >= threshold, tau, 0))
-        sign = sum(wi * tau for wi, tau in zip(w, trimmed, strict=True)).sign()  # type: ignore[union-attr]
+        zero = torch.zeros_like(start)
+        sign = sum((wi * tau for wi, tau in zip(w, trimmed, strict=True)), zero).sign()
+        total, agreeing = zero.clone(), zero.clone()
         for tau, weight in zip(trimmed, w, strict=True):
             agrees = (tau.sign() == sign) & (tau != 0)
             total.add_(torch.where(agrees, tau, 0), alpha=weight)
             agreeing.add_(agrees, alpha=weight)
         tau = torch.where(agreeing > 0, total / agreeing, 0)
-        merged[name] = start.add(tau, alpha=scale).to(thetas[0][name].dtype)
+        merged[name] = start.add(tau, alpha=scale).to(dtype)
     return merged
 
 
-def _threshold(names: list[str], theta: Weights, pretrained: Weights, density: float) -> float:
-    """The magnitude that the share `density` of a task vector's entries reaches."""
-    magnitudes = torch.cat(
-        [
-            (theta[name].to(dtype) - pretrained[name].to(theta[name].device, dtype)).abs().flatten()
-            for name in names
-            if theta[name].is_floating_point() and (dtype := merge_dtype(theta[name]))
-        ]
-    )
-    kept = max(1, round(density * magnitudes.numel()))
-    return float(magnitudes.kthvalue(magnitudes.numel() - kept + 1).values)
+def _thresholds(
+    names: Sequence[str], thetas: Sequence[Weights], pretrained: Weights, density: float
+) -> list[float]:
+    """For each task vector, the magnitude that the share `density` of its entries reaches."""
+    dtypes = {
+        name: merge_dtype([theta[name] for theta in thetas])
+        for name in names
+        if thetas[0][name].is_floating_point()
+    }
+    thresholds = []
+    for theta in thetas:
+        magnitudes = torch.cat(
+            [
+                (theta[n].detach().to(dtype) - pretrained[n].detach().to(theta[n].device, dtype))
+                .abs()
+                .flatten()
+                for n, dtype in dtypes.items()
+            ]
+        )
+        kept = max(1, round(density * magnitudes.numel()))
+        thresholds.append(float(magnitudes.kthvalue(magnitudes.numel() - kept + 1).values))
+    return thresholds

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mats_lightning.names import plain_name
-from mats_lightning.statistics.layers import RULES, Rule, rule_for
-from mats_lightning.statistics.record import BLOCK, DIAGONAL
+from mats_lightning.statistics.layers import PARAMETERS, RULES, Rule, rule_for
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, INPUT, INPUT_SUM, OUTPUT, Statistics
 
 GRAM, KFAC = "gram", "kfac"
 KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)
@@ -73,6 +73,51 @@ class Coverage:
             total += elements * self.dtypes[name].itemsize
         return total
 
+    def allocate(self, statistics: Statistics) -> None:
+        """Zeros for every sum that is not there yet, but for A, which layers may share.
+
+        So a layer that no gradient reaches has zeros, which is what its curvature is.
+        """
+        tensors = statistics.tensors
+        assert isinstance(tensors, dict)
+        for covered in self.modules.values():
+            for local, parameter in covered.parameters.items():
+                row, like = self.rows[parameter], getattr(covered.module, local)
+                d = like.numel()
+                shapes: dict[str, tuple[int, ...]] = {}
+                if DIAGONAL in row.statistics:
+                    shapes[f"{DIAGONAL}/{parameter}"] = row.shape
+                if BLOCK in row.statistics:
+                    shapes[f"{BLOCK}/{parameter}"] = (d, d)
+                if KFAC in row.statistics:
+                    shapes[f"{OUTPUT}/{covered.name}"] = (row.shape[0], row.shape[0])
+                for key, shape in shapes.items():
+                    if key not in tensors:
+                        zeros = torch.zeros(shape, dtype=self.dtypes[parameter], device=like.device)
+                        tensors[key] = zeros
+                if {GRAM, KFAC} & set(row.statistics) and covered.name not in statistics.inputs:
+                    statistics.inputs[covered.name] = covered.name
+                    statistics.group_positions[covered.name] = 0
+
+    def remove_dropped(self, statistics: Statistics) -> None:
+        """Take out what a row has lost while the sums were taken."""
+        tensors = statistics.tensors
+        assert isinstance(tensors, dict)
+        for covered in self.modules.values():
+            for parameter in covered.parameters.values():
+                kinds = self.rows[parameter].statistics
+                for kind in {DIAGONAL, BLOCK} - set(kinds):
+                    tensors.pop(f"{kind}/{parameter}", None)
+            weight = self.rows.get(covered.parameters.get("weight", ""))
+            if weight is None or KFAC not in weight.statistics:
+                tensors.pop(f"{OUTPUT}/{covered.name}", None)
+            if weight is None or not {GRAM, KFAC} & set(weight.statistics):
+                statistics.inputs.pop(covered.name, None)
+        for group in set(statistics.group_positions) - set(statistics.inputs.values()):
+            del statistics.group_positions[group]
+            for kind in (INPUT, INPUT_SUM):
+                tensors.pop(f"{kind}/{group}", None)
+
     def summary(self) -> str:
         """One line for the parameters that differ in a number only (a layer's index)."""
         lines: dict[tuple[str, str, str], int] = {}
@@ -91,12 +136,23 @@ class Coverage:
             text.append(f"  {self.frozen:3d} frozen parameters are left out")
         return "\n".join(text)
 
-    def table(self) -> list[dict[str, Any]]:
-        """The rows in primitives, for the sidecar."""
-        return [
-            {"name": r.name, "shape": list(r.shape), "statistics": r.statistics, "reason": r.reason}
-            for r in self.rows.values()
-        ]
+    def table(self, statistics: Statistics) -> list[dict[str, Any]]:
+        """The rows in primitives, for the sidecar, with what is missing in these sums."""
+        rows = []
+        for row in self.rows.values():
+            kinds, reason = row.statistics, row.reason
+            if statistics.examples and kinds and not self._reached(row, statistics):
+                kinds = [kind for kind in kinds if kind in (DIAGONAL, BLOCK)]
+                reason = "no gradient reached it in the captured batches"
+            rows.append(
+                {"name": row.name, "shape": list(row.shape), "statistics": kinds, "reason": reason}
+            )
+        return rows
+
+    def _reached(self, row: ParameterCoverage, statistics: Statistics) -> bool:
+        if {GRAM, KFAC} & set(row.statistics):
+            return row.module in statistics.positions
+        return any(bool(statistics.tensors[f"{k}/{row.name}"].any()) for k in row.statistics)
 
 
 def sum_dtype(parameter: Tensor) -> torch.dtype:
@@ -146,6 +202,11 @@ def find_coverage(model: nn.Module, kinds: Iterable[str], max_factor_size: int) 
                 kinds_known = ", ".join(kind.__name__ for kind in RULES)
                 rows[full].drop(
                     KINDS, rule or f"{type(module).__name__} is none of {kinds_known}"
+                )
+                continue
+            if local not in PARAMETERS:
+                rows[full].drop(
+                    KINDS, f"a {type(module).__name__} has no parameter '{local}' of its own"
                 )
                 continue
             if parameter.is_complex():

@@ -41,12 +41,13 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGrad
 def embedding(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
     """s = W[id]: row id of grad W receives g."""
     assert isinstance(module, nn.Embedding)
-    ids = a.reshape(a.shape[0], -1)
+    ids = a.reshape(a.shape[0], -1).expand(g.shape[0], -1)  # one row of positions for all
     return {
         "weight": LookupGradients(ids, positions_last(g, g.shape[-1]), module.padding_idx)
     }
 
 
+PARAMETERS = ("weight", "bias")  # what a rule gives; other names come from weight_norm and such
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
     nn.LayerNorm: layer_norm,
@@ -63,7 +64,7 @@ def rule_for(module: nn.Module) -> Rule | str | None:
     for kind, rule in RULES.items():
         if not isinstance(module, kind):
             continue
-        if type(module).forward is not kind.forward:
+        if type(module).forward is not kind.forward or "forward" in vars(module):
             return f"{type(module).__name__} overrides the forward of nn.{kind.__name__}"
         if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
             return "scale_grad_by_freq mixes the gradients of a batch's examples"

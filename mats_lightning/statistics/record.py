@@ -25,8 +25,12 @@ class View(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._names:
             known = ", ".join(list(self._names)[:3]) or "none at all"
-            raise KeyError(f"no {self._what} of '{name}'; there are: {known}, ...")
+            more = ", ..." if len(self) > 3 else ""
+            raise KeyError(f"no {self._what} of '{name}'; there are: {known}{more}")
         return self._get(name)
+
+    def __contains__(self, name: object) -> bool:  # without computing it
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -52,7 +56,8 @@ class Statistics:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     examples: int = 0
-    # input group -> positions seen; a group is named after its first module
+    # input group -> positions seen; a group is named after its first module. It has no A as long
+    # as it has seen none
     group_positions: dict[str, int] = field(default_factory=dict)
     # module -> the group whose input it shares (q, k and v of an attention have one)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -60,6 +65,8 @@ class Statistics:
     info: dict[str, Any] = field(default_factory=dict)
 
     def _named(self, kind: str) -> list[str]:
+        if not self.examples:
+            return []
         return [key.removeprefix(f"{kind}/") for key in self.tensors if key.startswith(f"{kind}/")]
 
     def _mean(self, kind: str, name: str) -> Tensor:
@@ -80,42 +87,57 @@ class Statistics:
 
     @property
     def gram(self) -> View[Tensor]:
-        return View("Gram matrix", list(self.inputs), self._gram)
+        return View("Gram matrix", list(self.positions), self._gram)
 
     @property
     def kfac(self) -> View[tuple[Tensor, Tensor]]:
-        names = [name for name in self._named(OUTPUT) if name in self.inputs]
+        names = [name for name in self._named(OUTPUT) if name in self.positions]
         return View("K-FAC factors", names, lambda m: (self._gram(m), self._mean(OUTPUT, m)))
 
     @property
     def positions(self) -> dict[str, int]:
         """module -> positions (tokens that the mask leaves) that its Gram matrix is a mean of."""
-        return {module: self.group_positions[group] for module, group in self.inputs.items()}
+        counts = {module: self.group_positions[group] for module, group in self.inputs.items()}
+        return {module: count for module, count in counts.items() if count}
 
     def __add__(self, other: "Statistics") -> "Statistics":
         if not self.examples or not other.examples:
             return other if other.examples else self
-        kinds = {key for key in self.tensors if not key.startswith((f"{INPUT}/", f"{INPUT_SUM}/"))}
-        theirs = {key for key in other.tensors if not key.startswith((f"{INPUT}/", f"{INPUT_SUM}/"))}
+        of_inputs = (f"{INPUT}/", f"{INPUT_SUM}/")
+        kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
+        theirs = {key for key in other.tensors if not key.startswith(of_inputs)}
         if different := sorted(kinds ^ theirs) or sorted(set(self.inputs) ^ set(other.inputs)):
             raise ValueError(
                 f"these statistics do not cover the same: '{different[0]}' is in one of the two"
                 f" only ({len(different)} such); add statistics of one model and one selection"
             )
-        tensors = {key: self.tensors[key] + other.tensors[key] for key in sorted(kinds)}
-        # Two modules share an input in the sum if they share it in both parts.
+        tensors = {k: _sum(k, self.tensors[k], other.tensors[k]) for k in sorted(kinds)}
         inputs: dict[str, str] = {}
         positions: dict[str, int] = {}
-        owner: dict[tuple[str, str], str] = {}
-        for module, group in self.inputs.items():
-            pair = (group, other.inputs[module])
-            inputs[module] = owner.setdefault(pair, module)
+        owner: dict[tuple[str, ...], str] = {}
+        for module in self.inputs:
+            parts = [(s, s.inputs[module]) for s in (self, other)]
+            seen = [(s, group) for s, group in parts if f"{INPUT}/{group}" in s.tensors]
+            # Two modules share an input in the sum if they share it in both parts.
+            pair = tuple(group if (s, group) in seen else "" for s, group in parts)
+            inputs[module] = owner.setdefault(pair if seen else (module,), module)
             if inputs[module] != module:
                 continue
-            positions[module] = self.group_positions[pair[0]] + other.group_positions[pair[1]]
-            for kind in (INPUT, INPUT_SUM):
-                tensors[f"{kind}/{module}"] = (
-                    self.tensors[f"{kind}/{pair[0]}"] + other.tensors[f"{kind}/{pair[1]}"]
-                )
+            positions[module] = sum(s.group_positions[group] for s, group in parts)
+            for kind in (INPUT, INPUT_SUM) if seen else ():
+                key = f"{kind}/{module}"
+                tensors[key] = _sum(key, *(s.tensors[f"{kind}/{group}"] for s, group in seen))
         examples = self.examples + other.examples
         return Statistics(tensors, examples, positions, inputs, dict(self.info))
+
+
+def _sum(key: str, first: Tensor, *rest: Tensor) -> Tensor:
+    total = first.clone()
+    for tensor in rest:
+        if tensor.shape != total.shape:
+            raise ValueError(
+                f"these statistics are of different models: '{key}' has shape"
+                f" {tuple(total.shape)} in one and {tuple(tensor.shape)} in the other"
+            )
+        total += tensor
+    return total

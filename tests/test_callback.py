@@ -1,0 +1,877 @@
+"""The callback in real Trainers: scales, windows, checkpoints, crashes, and what it leaves alone."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import MLP, Batch, Conditional, Flattened, Transformer, texts, vectors, ways
+from oracle import assert_close, expected
+from test_capture import assert_equals, hooks, to
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertModel
+
+from mats_lightning import MaTSStatsCallback, Statistics, load_statistics, sidecar_path
+from mats_lightning.sidecar import check_belongs
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Module(L.LightningModule):
+    """Trains a model on its mean loss. At learning rate 0 its weights stay, so the oracle applies."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.lr = model, lr
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = self.loss(batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model(batch).mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert hooks(self) == 0
+        self.log("val_loss", self.model(batch).mean(), batch_size=len(batch["labels"]))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("test_loss", self.model(batch).mean(), batch_size=len(batch["labels"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def loader(batches: Sequence[Batch]) -> DataLoader[Batch]:
+    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(
+    module: L.LightningModule,
+    batches: Any,
+    tmp_path: Path,
+    *callbacks: L.Callback,
+    ckpt_path: Path | None = None,
+    validate: Sequence[Batch] = (),
+    **options: Any,
+) -> L.Trainer:
+    options = {"max_epochs": 1, "default_root_dir": tmp_path} | QUIET | options
+    trainer = L.Trainer(callbacks=list(callbacks), **options)
+    loaders = [loader(validate)] if validate else []
+    train = loader(batches) if isinstance(batches, list) else batches
+    trainer.fit(module, train, *loaders, ckpt_path=ckpt_path)
+    assert hooks(module) == 0
+    return trainer
+
+
+def oracle(module: Module, batches: Sequence[Batch]) -> Any:
+    return expected(lambda batch: module.model(batch), batches, root=module)
+
+
+def assert_same(found: Statistics, wanted: Statistics) -> None:
+    """To the last bit."""
+    assert sorted(found.tensors) == sorted(wanted.tensors)
+    for key, tensor in wanted.tensors.items():
+        assert torch.equal(found.tensors[key], tensor), key
+    assert found.examples == wanted.examples
+    assert found.inputs == wanted.inputs
+    assert found.group_positions == wanted.group_positions
+
+
+def in_single(batches: Sequence[Batch]) -> list[Batch]:
+    return [to(batch, torch.float32) for batch in batches]
+
+
+# -- the scale of the loss ---------------------------------------------------------------------
+
+UNEVEN = (4, 4, 4, 4, 2)  # the last window of an accumulation over 2 or 3 is short, the batch too
+WAYS = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "clipped": {"gradient_clip_val": 1e-3},
+    "clipped by value": {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"},
+    "both": {"accumulate_grad_batches": 3, "gradient_clip_val": 1e-3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", [MLP, Transformer])
+def test_statistics_are_exact_in_double(
+    model: Callable[[], nn.Module], way: str, tmp_path: Path
+) -> None:
+    module, callback = Module(model()), MaTSStatsCallback()
+    batches = vectors(UNEVEN) if model is MLP else texts(UNEVEN)
+    fit(module, batches, tmp_path, callback, precision="64-true", **WAYS[way])
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert_equals(found, oracle(module.double(), batches), 1e-9, [])
+    assert_close(found.tensors, callback.statistics.tensors, 1e-15)
+
+
+@pytest.mark.parametrize("model", [MLP, Transformer])
+def test_statistics_are_exact_in_single(model: Callable[[], nn.Module], tmp_path: Path) -> None:
+    module, callback = Module(model()), MaTSStatsCallback()
+    batches = in_single(vectors(UNEVEN) if model is MLP else texts(UNEVEN))
+    fit(module, batches, tmp_path, callback, **WAYS["both"])
+    assert_equals(callback.statistics, oracle(module, batches), 1e-5, [])
+
+
+def largest_distance(found: Statistics, wanted: Any) -> float:
+    from oracle import distance
+
+    pairs = [(found.diagonal_fisher, wanted.diagonal_fisher), (found.gram, wanted.gram)]
+    pairs += [({m: g for m, (_, g) in found.kfac.items()}, wanted.output)]
+    return max(distance(ours[name], theirs[name]) for ours, theirs in pairs for name in theirs)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_statistics_in_bfloat16(precision: Any, tmp_path: Path) -> None:
+    """8 bits of mantissa: the statistics are as far off as the gradients, the sums are not."""
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    batches = in_single(vectors(UNEVEN))
+    wanted = oracle(module, batches)
+    fit(module, batches, tmp_path, callback, precision=precision, **WAYS["both"])
+    assert {t.dtype for t in callback.statistics.tensors.values()} == {torch.float32}
+    assert largest_distance(callback.statistics, wanted) < 0.03
+
+
+def half_precision(scale: float = 2.0**10) -> MixedPrecision:
+    """With a real gradient scaler, which Lightning does not use on a CPU by itself."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # type: ignore[attr-defined]
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+def test_statistics_with_a_gradient_scaler(tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    batches = in_single(vectors(UNEVEN))
+    fit(module, batches, tmp_path, callback, plugins=[half_precision()], **WAYS["both"])
+    assert largest_distance(callback.statistics, oracle(module, batches)) < 0.005
+    assert callback.statistics.examples == sum(UNEVEN)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_overflowing_batch_is_left_out_and_counted(accumulate: int, tmp_path: Path) -> None:
+    class Loud(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss(batch) * (1e6 if batch["way"] == "loud" else 1)
+
+    module, callback, plugin = Loud(MLP()), MaTSStatsCallback(), half_precision()
+    batches = in_single(ways("", "loud", "", "", ""))
+    fit(
+        module, batches, tmp_path, callback, plugins=[plugin], accumulate_grad_batches=accumulate
+    )
+    quiet = [batch for batch in batches if batch["way"] != "loud"]
+    assert plugin.scaler is not None and plugin.scaler.get_scale() == 2.0**9
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert found.info["skipped_batches"] == 1
+    assert found.examples == sum(len(batch["labels"]) for batch in quiet)
+    assert largest_distance(found, oracle(module, quiet)) < 0.005
+
+
+class Reduced(Module):
+    def __init__(self, model: nn.Module, reduce: Callable[[Tensor, Batch], Tensor]) -> None:
+        super().__init__(model)
+        self.reduce = reduce
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.reduce(self.model(batch), batch)
+
+
+class Tagger(nn.Module):
+    """A loss at each token that has a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits = self.head(self.words(batch["input_ids"]))
+        return F.cross_entropy(logits.mT, batch["labels"], reduction="none").sum(1)
+
+
+def tagged() -> list[Batch]:
+    return [
+        {"input_ids": b["input_ids"], "labels": torch.where(b["input_ids"] > 3, b["input_ids"], -100)}
+        for b in texts(UNEVEN)
+    ]
+
+
+REDUCTIONS: dict[str, tuple[Any, Callable[[Tensor, Batch], Tensor]]] = {
+    "mean": ("mean", lambda losses, batch: losses.mean()),
+    "sum": ("sum", lambda losses, batch: losses.sum()),
+    "token_mean": (
+        "token_mean",
+        lambda losses, batch: losses.sum() / (batch["labels"] != -100).sum(),
+    ),
+    "function": (lambda batch: 3.0 * len(batch["labels"]), lambda losses, batch: losses.mean() / 3),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_reduction_of_the_loss_is_undone(reduction: str, tmp_path: Path) -> None:
+    choice, reduce = REDUCTIONS[reduction]
+    module = Reduced(Tagger(), reduce)
+    callback = MaTSStatsCallback(loss_reduction=choice)
+    fit(module, tagged(), tmp_path, callback, precision="64-true", **WAYS["both"])
+    assert_equals(callback.statistics, oracle(module.double(), tagged()), 1e-9, [])
+
+
+def test_the_mask_is_a_function_of_the_batch(tmp_path: Path) -> None:
+    module = Module(Tagger())
+    callback = MaTSStatsCallback(mask_fn=lambda batch: (batch["labels"] != -100).long())
+    fit(module, tagged(), tmp_path, callback, precision="64-true")
+    wanted = expected(
+        module.double().model, tagged(), root=module, mask=lambda batch: batch["labels"] != -100
+    )
+    assert_equals(callback.statistics, wanted, 1e-9, [])
+
+
+def test_the_batch_size_is_a_function_of_the_batch(tmp_path: Path) -> None:
+    batches = [batch | {"weights": torch.ones(3)} for batch in vectors(UNEVEN)]
+    module = Module(MLP())
+    message = r"its tensors have the sizes \[3, 4\]; pass batch_size_fn"
+    with pytest.raises(ValueError, match=message):
+        fit(module, batches, tmp_path, MaTSStatsCallback(), precision="64-true")
+    assert hooks(module) == 0
+    callback = MaTSStatsCallback(batch_size_fn=lambda batch: len(batch["labels"]))
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    assert_equals(callback.statistics, oracle(module.double(), vectors(UNEVEN)), 1e-9, [])
+
+
+def test_a_token_mean_without_labels_is_refused(tmp_path: Path) -> None:
+    batches = [{"x": b["x"], "classes": b["labels"]} for b in vectors()]
+    with pytest.raises(ValueError, match="'token_mean' counts the labels"):
+        fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(loss_reduction="token_mean"))
+
+
+# -- which batches count -----------------------------------------------------------------------
+
+
+def test_only_training_batches_count(tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    batches = vectors(UNEVEN)
+    options: dict[str, Any] = {"num_sanity_val_steps": 2, "val_check_interval": 2}
+    fit(module, batches, tmp_path, callback, validate=vectors(seed=9), precision="64-true", **options)
+    assert_equals(callback.statistics, oracle(module, batches), 1e-9, [])
+
+
+def test_a_step_without_a_loss_does_not_count(tmp_path: Path) -> None:
+    class Picky(Module):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    module, callback = Picky(MLP()), MaTSStatsCallback()
+    batches = vectors(UNEVEN)
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    assert_equals(callback.statistics, oracle(module, batches[:1] + batches[2:]), 1e-9, [])
+
+
+def test_a_batch_in_which_nothing_is_captured_is_named(tmp_path: Path) -> None:
+    class Elsewhere(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            return self.extra.sum()
+
+    module = Elsewhere(MLP())
+    module.extra = nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="no gradient came to a covered layer in a batch of epoch"):
+        fit(module, vectors(), tmp_path, MaTSStatsCallback())
+    with pytest.raises(ValueError, match="holds no examples"):
+        load_statistics(next(tmp_path.rglob("*.ckpt")))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5])
+def test_the_window_is_the_last_epochs(kept: int, tmp_path: Path) -> None:
+    """Learning moves the weights, so every epoch has other statistics."""
+    batches = in_single(vectors(UNEVEN))
+    alone: list[Statistics] = []
+    for epoch in range(3):  # each epoch alone, as a window of its own
+        torch.manual_seed(0)
+        callback = MaTSStatsCallback()
+        fit(Module(MLP(), lr=0.1), batches, tmp_path / "alone", callback, max_epochs=epoch + 1)
+        alone.append(callback.statistics)
+    torch.manual_seed(0)
+    callback = MaTSStatsCallback(last_n_epochs=kept)
+    trainer = fit(Module(MLP(), lr=0.1), batches, tmp_path / "kept", callback, max_epochs=3)
+    assert trainer.checkpoint_callback is not None
+    found = load_statistics(trainer.checkpoint_callback.best_model_path)
+    assert found.info["epochs"] == [0, 1, 2][-kept:]
+    wanted = sum(alone[-kept:], Statistics())
+    assert_close(found.tensors, wanted.tensors, 1e-5)
+    assert found.examples == wanted.examples
+
+
+class StopsAtEpoch(L.Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+ROLLING: dict[str, tuple[list[L.Callback], dict[str, Any]]] = {
+    "early stopping": ([EarlyStopping("val_loss"), StopsAtEpoch(3)], {"max_epochs": 10}),
+    "monitor": ([ModelCheckpoint(monitor="val_loss", save_top_k=-1)], {"max_epochs": 4}),
+    "max_steps": ([], {"max_epochs": None, "max_steps": 4 * len(UNEVEN)}),
+    "max_time": ([StopsAtEpoch(3)], {"max_epochs": 10, "max_time": "01:00:00:00"}),
+    "no end": ([StopsAtEpoch(3)], {"max_epochs": -1}),
+}
+
+
+@pytest.mark.parametrize("way", ROLLING)
+def test_the_window_rolls_when_the_end_is_not_known(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks, options = ROLLING[way]
+    callback = MaTSStatsCallback(last_n_epochs=2)
+    torch.manual_seed(0)
+    module = Module(MLP(), lr=0.1)
+    batches, validation = in_single(vectors(UNEVEN)), in_single(vectors(seed=9))
+    with caplog.at_level("INFO"):
+        fit(module, batches, tmp_path, callback, *callbacks, validate=validation, **options)
+    assert "in every epoch, the last 2 kept" in caplog.text
+    torch.manual_seed(0)
+    fixed = MaTSStatsCallback(last_n_epochs=2)
+    fit(Module(MLP(), lr=0.1), batches, tmp_path / "fixed", fixed, max_epochs=4)
+    assert_close(callback.statistics.tensors, fixed.statistics.tensors, 1e-5)
+    epochs = {p.name[6]: load_statistics(p).info["epochs"] for p in tmp_path.glob("*/epoch*.ckpt")}
+    wanted = {"0": [0], "1": [0, 1], "2": [1, 2], "3": [2, 3]}
+    assert epochs.items() <= wanted.items() and epochs["3"] == [2, 3]
+
+
+def test_a_checkpoint_within_an_epoch_holds_what_there_is(tmp_path: Path) -> None:
+    module = Module(MLP())
+    callback = MaTSStatsCallback()
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(module, vectors(UNEVEN), tmp_path, callback, every, precision="64-true")
+    for steps in range(1, 6):
+        found = load_statistics(tmp_path / f"step={steps}.ckpt")
+        assert_equals(found, oracle(module.double(), vectors(UNEVEN)[:steps]), 1e-9, [])
+
+
+def test_no_hook_before_the_window(tmp_path: Path) -> None:
+    counts: list[int] = []
+
+    class Counting(Module):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+            counts.append(hooks(self))
+            return super().training_step(batch, batch_idx)
+
+    fit(Counting(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback(), max_epochs=2)
+    assert counts == [0, 0, 0, 2, 2, 2]
+
+
+def test_a_layer_that_only_some_epochs_use(tmp_path: Path) -> None:
+    class Growing(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss(batch | {"way": "extra" if self.current_epoch == 2 else "plain"})
+
+    module, callback = Growing(Conditional()), MaTSStatsCallback(last_n_epochs=2)
+    fit(module, vectors(), tmp_path, callback, max_steps=9, max_epochs=3, precision="64-true")
+    batches = [b | {"way": way} for way in ("plain", "extra") for b in vectors()]
+    assert_equals(callback.statistics, oracle(module.double(), batches), 1e-9, [])
+
+
+def test_a_layer_that_a_later_epoch_shows_to_be_inexact(tmp_path: Path) -> None:
+    class Turning(Flattened):
+        flat = False
+
+        def forward(self, batch: Batch) -> Tensor:
+            if self.flat:
+                return super().forward(batch)
+            x = torch.tanh(self.middle(torch.tanh(self.first(batch["x"].unflatten(1, (3, 2))))))
+            return F.cross_entropy(self.last(x).mean(1), batch["labels"], reduction="none")
+
+    class TurningModule(Module):
+        def on_train_epoch_start(self) -> None:
+            self.model.flat = self.current_epoch == 1  # type: ignore[assignment]
+
+    module, callback = TurningModule(Turning()), MaTSStatsCallback(last_n_epochs=2)
+    fit(module, vectors(), tmp_path, callback, max_steps=6, max_epochs=2, precision="64-true")
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert "model.middle.weight" not in found.diagonal_fisher
+    rows = {row["name"]: row for row in found.info["coverage"]}
+    assert rows["model.middle.weight"]["statistics"] == ["gram", "kfac"]
+    assert "12 rows for 4 examples" in rows["model.middle.weight"]["reason"]
+    assert found.examples == 20
+
+
+# -- a sidecar beside every checkpoint -----------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> set[str]:
+    """The checkpoints; every one has its sidecar and every sidecar its checkpoint."""
+    names = {path.name for path in folder.rglob("*.ckpt")}
+    assert {path.name for path in folder.rglob("*.mats.safetensors")} == {
+        f"{name}.mats.safetensors" for name in names
+    }
+    assert not list(folder.rglob(".*"))
+    return names
+
+
+def state_dict(path: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return weights
+
+
+def test_a_sidecar_lies_beside_every_checkpoint_and_goes_with_it(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, "best {val_loss:.2f}", monitor="val_loss", save_top_k=1)
+    light = ModelCheckpoint(
+        tmp_path, "light {epoch}", save_weights_only=True, save_top_k=-1, save_last=True
+    )
+    module = Module(MLP(), lr=0.1)
+    validation = in_single(vectors(seed=0))
+    trainer = fit(
+        module,
+        in_single(vectors()),
+        tmp_path,
+        MaTSStatsCallback(),
+        best,
+        light,
+        validate=validation,
+        max_epochs=3,
+    )
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trainer.save_checkpoint(tmp_path / "after light.ckpt", weights_only=True)
+    names = checkpoints(tmp_path)
+    assert names == {Path(best.best_model_path).name, "last.ckpt", "after.ckpt", "after light.ckpt"} | {
+        f"light epoch={epoch}.ckpt" for epoch in range(3)
+    }
+    for name in names:
+        check_belongs(load_statistics(tmp_path / name), state_dict(tmp_path / name), name)
+    with pytest.raises(ValueError, match="belong to other weights"):
+        sums = load_statistics(tmp_path / "light epoch=1.ckpt")
+        check_belongs(sums, state_dict(tmp_path / "after.ckpt"), "it")
+
+
+def test_a_linked_checkpoint_has_the_statistics_of_its_target(tmp_path: Path) -> None:
+    linked = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_last="link")
+    fit(Module(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback(), linked, max_epochs=2)
+    last = tmp_path / "last.ckpt"
+    assert last.is_symlink() and last.resolve().name == "epoch=1.ckpt"
+    assert_same(load_statistics(last), load_statistics(tmp_path / "epoch=1.ckpt"))
+    # one that lies beside the link itself is older: Lightning made a file of it once
+    sidecar_path(last).write_bytes(sidecar_path(tmp_path / "epoch=0.ckpt").read_bytes()[:10])
+    assert_same(load_statistics(last), load_statistics(tmp_path / "epoch=1.ckpt"))
+
+
+def test_a_checkpoint_before_the_window_has_no_examples(tmp_path: Path) -> None:
+    each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(Module(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback(), each, max_epochs=2)
+    assert checkpoints(tmp_path) == {"epoch=0.ckpt", "epoch=1.ckpt"}
+    with pytest.raises(ValueError, match="holds no examples: its checkpoint was saved before the"):
+        load_statistics(tmp_path / "epoch=0.ckpt")
+    assert load_statistics(tmp_path / "epoch=1.ckpt").examples == 10
+
+
+def test_a_sidecar_says_how_it_came_about(tmp_path: Path) -> None:
+    def padding(batch: Batch) -> Tensor:
+        return batch["attention_mask"].bool()
+
+    module = Module(Transformer())
+    module.model.head.bias.requires_grad_(False)  # type: ignore[union-attr]
+    callback = MaTSStatsCallback(2, ["kfac", "block_fisher"], mask_fn=padding)
+    fit(module, texts(), tmp_path, callback, max_epochs=3)
+    info = load_statistics(next(tmp_path.rglob("*.ckpt"))).info
+    versions, coverage, digest = (info.pop(key) for key in ("versions", "coverage", "digest"))
+    assert info == {
+        "fisher": "empirical",
+        "loss_reduction": "mean",
+        "mode": "train",
+        "epochs": [1, 2],
+        "global_step": 9,
+        "mask": "padding",
+        "kinds": ["kfac", "block_fisher"],
+        "tied": {},
+        "skipped_batches": 0,
+        "notes": [],
+    }
+    assert versions["torch"] == torch.__version__
+    assert {row["name"] for row in coverage} == {
+        name for name, p in module.named_parameters() if p.requires_grad
+    }
+    assert set(digest) == {row["name"] for row in coverage if row["statistics"]}
+
+
+def test_sums_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Broken(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            return super().loss(batch) * float("nan")
+
+    with pytest.warns(UserWarning, match="no sidecar is written: .* has NaN or inf"):
+        fit(Broken(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback())
+    assert list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_testing_another_checkpoint_does_no_harm(tmp_path: Path) -> None:
+    callback = MaTSStatsCallback()
+    each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    module = Module(MLP(), lr=0.1)
+    trainer = fit(module, in_single(vectors()), tmp_path, callback, each, max_steps=9, max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    before = load_statistics(tmp_path / "end.ckpt")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    trainer.test(module, loader(in_single(vectors())), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert hooks(module) == 0
+    assert_same(callback.statistics, before)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+    # the module has the weights of epoch 0 now: the statistics of epoch 2 are not theirs
+    with pytest.warns(UserWarning, match="its weights were loaded from .*epoch=0.ckpt"):
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert not sidecar_path(tmp_path / "end.ckpt").exists()
+
+
+def test_testing_with_a_new_callback_does_no_harm(tmp_path: Path) -> None:
+    module = Module(MLP())
+    fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
+    path = next(tmp_path.rglob("*.ckpt"))
+    trainer = L.Trainer(callbacks=[MaTSStatsCallback()], default_root_dir=tmp_path, **QUIET)
+    (found,) = trainer.test(module, loader(in_single(vectors())), ckpt_path=path, verbose=False)
+    assert found["test_loss"] > 0
+
+
+def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    trainer = fit(module, vectors(), tmp_path, callback, precision="64-true")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(vectors(seed=1)))
+    assert_equals(callback.statistics, oracle(module, vectors(seed=1)), 1e-9, [])
+    checkpoints(tmp_path)
+
+
+def test_fast_dev_run(tmp_path: Path) -> None:
+    callback = MaTSStatsCallback()
+    fit(Module(MLP()), in_single(vectors()), tmp_path, callback, fast_dev_run=True)
+    assert callback.statistics.examples == 4
+    assert not list(tmp_path.iterdir())
+
+
+# -- stopped and resumed -------------------------------------------------------------------------
+
+
+class StatefulLoader:
+    """Shuffles the batches each epoch; knows its place, so that Lightning can put it back there."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches, self.epoch, self.place = list(batches), 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.epoch))
+        while self.place < len(self):
+            self.place += 1
+            yield self.batches[order[self.place - 1]]
+        self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.place = state["epoch"], state["place"]
+
+
+class Crash(L.Callback):
+    """Stops the fit in the middle of an epoch, as a fault does."""
+
+    def __init__(self, step: int, error: type[BaseException] = RuntimeError) -> None:
+        self.step, self.error = step, error
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error("crash")
+
+
+STOPS = {
+    "fixed, in the window": (12, {"max_epochs": 3}),
+    "fixed, before the window": (2, {"max_epochs": 3}),
+    "fixed, at an epoch's end": (10, {"max_epochs": 3}),
+    "rolling": (12, {"max_epochs": 3, "max_steps": 15}),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(stop: str, tmp_path: Path) -> None:
+    step, options = STOPS[stop]
+    batches = in_single(vectors(UNEVEN))
+
+    def run(folder: str, *callbacks: L.Callback, ckpt_path: Path | None = None) -> Module:
+        torch.manual_seed(0)
+        module, callback = Module(MLP(), lr=0.1), MaTSStatsCallback(last_n_epochs=2)
+        every = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        data = StatefulLoader(batches)
+        fit(module, data, tmp_path, callback, every, *callbacks, ckpt_path=ckpt_path, **options)
+        return module
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        run("crashed", Crash(step))
+    assert checkpoints(tmp_path / "crashed") == {f"step={n}.ckpt" for n in range(1, step + 1)}
+    resumed = run("resumed", ckpt_path=tmp_path / "crashed" / f"step={step}.ckpt")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    for n in range(step + 1, 16):
+        path = tmp_path / "whole" / f"step={n}.ckpt"
+        if n <= 5 and "rolling" not in stop:
+            continue  # before the window
+        wanted, found = load_statistics(path), load_statistics(tmp_path / "resumed" / path.name)
+        assert_same(found, wanted)
+        assert found.info == wanted.info
+
+
+def test_an_ordinary_loader_is_warned_of(tmp_path: Path) -> None:
+    batches = in_single(vectors(UNEVEN))
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(), every, Crash(2))
+    note = "resumed in the middle of epoch 0 with a data loader that is not stateful"
+    with pytest.warns(UserWarning, match=note):
+        fit(
+            Module(MLP()),
+            batches,
+            tmp_path,
+            MaTSStatsCallback(),
+            ModelCheckpoint(tmp_path, "end"),
+            ckpt_path=tmp_path / "step=2.ckpt",
+        )
+    (found,) = load_statistics(tmp_path / "end.ckpt").info["notes"]
+    assert found.startswith(note)
+
+
+def test_resuming_at_the_end_of_an_epoch_needs_no_note(tmp_path: Path) -> None:
+    batches = in_single(vectors(UNEVEN))
+    fit(Module(MLP()), batches, tmp_path / "a", MaTSStatsCallback(last_n_epochs=2), max_epochs=1)
+    path = next((tmp_path / "a").rglob("*.ckpt"))
+    callback = MaTSStatsCallback(last_n_epochs=2)
+    fit(Module(MLP()), batches, tmp_path / "b", callback, ckpt_path=path, max_epochs=2)
+    found = load_statistics(next((tmp_path / "b").rglob("*.ckpt")))
+    assert found.info["notes"] == [] and found.info["epochs"] == [0, 1]
+    assert found.examples == 2 * sum(UNEVEN)
+
+
+def test_resuming_for_longer_forgets_what_is_before_the_new_window(tmp_path: Path) -> None:
+    batches = in_single(vectors(UNEVEN))
+    fit(Module(MLP()), batches, tmp_path / "a", MaTSStatsCallback(last_n_epochs=2), max_epochs=2)
+    path = next((tmp_path / "a").rglob("*.ckpt"))
+    each = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=-1)
+    callback = MaTSStatsCallback(last_n_epochs=2)
+    fit(Module(MLP()), batches, tmp_path / "b", callback, each, ckpt_path=path, max_epochs=5)
+    with pytest.raises(ValueError, match="holds no examples"):
+        load_statistics(tmp_path / "b" / "epoch=2.ckpt")
+    found = load_statistics(tmp_path / "b" / "epoch=4.ckpt")
+    assert found.info["epochs"] == [3, 4] and found.examples == 2 * sum(UNEVEN)
+
+
+def test_resuming_with_other_statistics_is_refused(tmp_path: Path) -> None:
+    fit(Module(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback(statistics=["gram", "kfac"]))
+    path = next(tmp_path.rglob("*.ckpt"))
+    same = MaTSStatsCallback(statistics=["kfac", "gram"])
+    fit(Module(MLP()), in_single(vectors()), tmp_path, same, ckpt_path=path, max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="resume with the same choice"):
+        other = MaTSStatsCallback(statistics=["gram"])
+        fit(Module(MLP()), in_single(vectors()), tmp_path, other, ckpt_path=path, max_epochs=2)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["forward", "between"])
+def test_hooks_come_off_when_the_fit_breaks_off(
+    error: type[BaseException], where: str, tmp_path: Path
+) -> None:
+    class Breaking(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            losses = super().loss(batch)
+            if where == "forward":
+                assert hooks(self) == 2
+                raise error
+            return losses
+
+    module = Breaking(MLP())
+    callbacks = [MaTSStatsCallback(), *([Crash(0, error)] if where == "between" else [])]
+    with pytest.raises((error, SystemExit)):
+        fit(module, in_single(vectors()), tmp_path, *callbacks)
+    assert hooks(module) == 0
+
+
+# -- training is what it was ---------------------------------------------------------------------
+
+
+class Bert(nn.Module):
+    """transformers' BERT, whose position ids have one row for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = BertModel(
+            BertConfig(
+                vocab_size=11,
+                hidden_size=12,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=16,
+                max_position_embeddings=10,
+            )
+        )
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = batch["attention_mask"]
+        x = self.bert(batch["input_ids"], attention_mask=mask).last_hidden_state
+        keep = mask.unsqueeze(-1).to(x.dtype)
+        logits = self.head((x * keep).sum(1) / keep.sum(1))
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+class Adam(Module):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Transformer(dropout=0.2), lambda: Transformer("reentrant", dropout=0.2),
+     lambda: Transformer("non-reentrant", dropout=0.2), Bert],
+    ids=["transformer", "reentrant", "non-reentrant", "bert"],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_is_bit_identical(
+    make: Callable[[], nn.Module], precision: Any, tmp_path: Path
+) -> None:
+    modules = []
+    for callbacks in ([], [MaTSStatsCallback(last_n_epochs=2)]):
+        torch.manual_seed(0)
+        module = Adam(make())
+        options: dict[str, Any] = WAYS["both"] | {"gradient_clip_val": 0.5, "precision": precision}
+        fit(module, texts(UNEVEN), tmp_path, *callbacks, max_epochs=3, **options)
+        modules.append(module)
+    without, with_ = modules
+    assert with_.losses == without.losses and len(set(without.losses)) == 15
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(with_.state_dict()[name], tensor), name
+
+
+def test_the_statistics_of_bert_are_exact(tmp_path: Path) -> None:
+    module, callback = Module(Bert().eval()), MaTSStatsCallback()
+    fit(module, texts(UNEVEN), tmp_path, callback, precision="64-true", **WAYS["both"])
+    assert not module.model.bert.training  # type: ignore[union-attr]
+    wanted = oracle(module.double(), texts(UNEVEN))
+    assert_equals(callback.statistics, wanted, 1e-9, [])
+    rows = load_statistics(next(tmp_path.rglob("*.ckpt"))).info["coverage"]
+    unreached = {row["name"] for row in rows if row["reason"]}
+    assert unreached == {"model.bert.pooler.dense.weight", "model.bert.pooler.dense.bias"}
+
+
+# -- what is refused, and what is said -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"last_n_epochs": 0}, "last_n_epochs=0; it must be 1 or more"),
+        ({"statistics": ["gram", "hessian"]}, "no statistic is called 'hessian'; choose from"),
+        ({"statistics": []}, "no statistic is chosen"),
+        ({"statistics": "hessian"}, "no statistic is called 'hessian'"),
+        ({"loss_reduction": "average"}, "loss_reduction='average'; choose from mean, sum"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        MaTSStatsCallback(**arguments)
+
+
+def test_one_statistic_may_be_a_string(tmp_path: Path) -> None:
+    callback = MaTSStatsCallback(statistics="gram")
+    fit(Module(MLP()), in_single(vectors()), tmp_path, callback)
+    assert set(callback.statistics.gram) == {"model.first", "model.second"}
+    assert not callback.statistics.kfac
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    callbacks = [MaTSStatsCallback(statistics=["gram"]), MaTSStatsCallback()]
+    with pytest.raises((MisconfigurationException, RuntimeError), match="one MaTSStatsCallback"):
+        fit(Module(MLP()), in_single(vectors()), tmp_path, *callbacks)
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    module = Module(MLP())
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="needs automatic optimization"):
+        fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
+
+
+def test_more_than_one_device_is_refused() -> None:
+    callback = MaTSStatsCallback()
+    trainer = L.Trainer(strategy="ddp", devices=2, callbacks=[callback], **QUIET)
+    with pytest.raises(MisconfigurationException, match="a single device so far, not with DDP"):
+        callback.setup(trainer, Module(MLP()), "fit")
+
+
+def test_a_model_without_covered_layers_is_refused(tmp_path: Path) -> None:
+    module = Module(nn.Sequential(nn.Conv1d(1, 1, 1)))
+    with pytest.raises(MisconfigurationException, match="no layer that it covers (.|\n)*Conv1d is"):
+        fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
+
+
+class Normalised(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(5)
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits = self.second(self.batch_norm(self.first(batch["x"])))
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def test_batch_normalisation_is_noted_where_it_trains(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="batch normalisation in training mode couples"):
+        fit(Module(Normalised()), in_single(vectors()), tmp_path / "train", MaTSStatsCallback())
+    (note,) = load_statistics(next((tmp_path / "train").rglob("*.ckpt"))).info["notes"]
+    assert note.startswith("batch normalisation")
+    fit(Module(Normalised().eval()), in_single(vectors()), tmp_path / "eval", MaTSStatsCallback())
+    assert load_statistics(next((tmp_path / "eval").rglob("*.ckpt"))).info["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "averaging", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(0.1)]
+)
+def test_averaged_weights_are_noted(averaging: Callable[[], L.Callback], tmp_path: Path) -> None:
+    callbacks = [averaging(), MaTSStatsCallback()]
+    name = type(callbacks[0]).__name__
+    module = Module(MLP(), lr=0.1)
+    with pytest.warns(UserWarning, match=f"{name} saves averaged weights"):
+        fit(module, in_single(vectors()), tmp_path, *callbacks, max_epochs=3)
+    path = next(tmp_path.rglob("*.ckpt"))
+    found = load_statistics(path)
+    assert name in found.info["notes"][0]
+    check_belongs(found, state_dict(path), "it")  # the weights that were saved
+
+
+def test_what_is_covered_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(Module(Transformer()), texts(), tmp_path, MaTSStatsCallback(), max_epochs=2)
+    (said,) = [r.message for r in caplog.records if r.message.startswith("MaTSStatsCallback")]
+    first, *lines = said.splitlines()
+    assert first == "MaTSStatsCallback captures from epoch 1 on; at most 0 MB of sums:"
+    assert [" ".join(line.split()) for line in lines][2:4] == [
+        "2 model.blocks.*.norm1.weight 6 diagonal_fisher, block_fisher",
+        "2 model.blocks.*.norm1.bias 6 diagonal_fisher, block_fisher",
+    ]

@@ -1,0 +1,354 @@
+"""Every statistic against brute force, for each thing that makes capturing hard."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from models import (
+    MLP,
+    Adversarial,
+    Batch,
+    ByKeyword,
+    Categories,
+    Conditional,
+    Flattened,
+    GradientPenalty,
+    Hooked,
+    PartlyCheckpointed,
+    Places,
+    Reused,
+    Sharing,
+    Teacher,
+    Tied,
+    Transformer,
+    Twice,
+    texts,
+    vectors,
+    ways,
+)
+from oracle import Expected, assert_close, expected
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mats_lightning.capture import Capture, Input
+from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@dataclass
+class Case:
+    model: Callable[[], nn.Module]
+    batches: list[Batch]
+    plain: Callable[[], nn.Module] | None = None  # what the oracle runs, where it differs
+    without_factors: list[str] = field(default_factory=list)  # their weight is tied or frozen
+
+
+SHARING = ["together", "k alone", "together", "v alone", "without v", "k drops out"]
+MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "words + places": lambda words, places: words + places,
+    "places + words": lambda words, places: places + words,
+    "torch.add(alpha)": lambda words, places: torch.add(words, places, alpha=0.5),
+    "words += places": lambda words, places: words.__iadd__(places),
+    "two additions": lambda words, places: (words + places) * (places + 2 * words),
+}
+OTHER_MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dropout": lambda words, places: words + F.dropout(places, 0.5),
+    "repeat": lambda words, places: words + places.repeat(len(words), 1, 1),
+    "squeeze": lambda words, places: words + places[0],
+    "product": lambda words, places: words * places,
+    "an addition and a product": lambda words, places: words * places + places,
+    "concatenation": lambda words, places: words + torch.cat([places, places])[:1],
+}
+CASES = {
+    "mlp": Case(MLP, vectors()),
+    "transformer": Case(Transformer, texts()),
+    "reused": Case(Reused, vectors()),
+    "tied": Case(Tied, texts(), without_factors=["output"]),
+    "sharing": Case(Sharing, ways(*SHARING)),
+    "sharing, other order": Case(Sharing, ways(*reversed(SHARING))),
+    "conditional": Case(Conditional, ways("plain", "extra", "plain")),
+    "keyword": Case(ByKeyword, vectors()),
+    "teacher": Case(Teacher, vectors()),
+    "twice": Case(Twice, vectors()),
+    "hooked": Case(Hooked, vectors()),
+    "adversarial": Case(Adversarial, vectors()),
+    "categories": Case(Categories, vectors(), without_factors=["layer"]),
+    **{f"places: {k}": Case(lambda f=f: Places(f), texts()) for k, f in MEETINGS.items()},  # type: ignore[misc]
+    **{
+        f"{model.__name__}, {way}": Case(lambda m=model, w=way: m(w), data(), plain=model)  # type: ignore[misc]
+        for model, data in ((Transformer, texts), (Reused, vectors), (PartlyCheckpointed, vectors))
+        for way in ("reentrant", "non-reentrant")
+    },
+}
+
+
+def to(batch: Batch, dtype: torch.dtype) -> Batch:
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
+
+
+def capture_batch(
+    capture: Capture, model: nn.Module, batch: Batch, scale: float = 1.0, defer: bool = False
+) -> Tensor:
+    """The mean loss of a batch, as the callback does it; `scale` is a loss scaler's."""
+    examples = len(batch["labels"])
+    with capture.batch(examples, examples / scale, batch.get("attention_mask"), defer):
+        loss: Tensor = model(batch).mean()
+        capture.start_backward()
+        (loss * scale).backward()
+        assert capture.finish()
+    return loss.detach()
+
+
+def captured(
+    model: nn.Module, batches: list[Batch], kinds: tuple[str, ...] = KINDS
+) -> tuple[Statistics, Coverage]:
+    coverage, statistics = find_coverage(model, kinds, 8192), Statistics({})
+    capture = Capture(coverage, statistics)
+    for batch in batches:
+        capture_batch(capture, model, batch)
+    return statistics, coverage
+
+
+def assert_equals(
+    found: Statistics, wanted: Expected, tolerance: float, without_factors: list[str]
+) -> None:
+    linears = [name for name in wanted.gram if name not in without_factors]
+    assert found.examples == wanted.examples
+    assert found.positions == {name: wanted.positions[name] for name in linears}
+    assert_close(found.diagonal_fisher, wanted.diagonal_fisher, tolerance)
+    assert_close(found.block_fisher, wanted.block_fisher, tolerance)
+    assert_close(found.gram, {name: wanted.gram[name] for name in linears}, tolerance)
+    a = {name: a for name, (a, _) in found.kfac.items()}
+    g = {name: g for name, (_, g) in found.kfac.items()}
+    assert_close(a, found.gram, 0.0)
+    assert_close(g, {name: wanted.output[name] for name in linears}, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_statistics_equal_brute_force(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    torch.manual_seed(1)
+    model = case.model().to(dtype)
+    plain = (case.plain or case.model)().to(dtype)
+    plain.load_state_dict(model.state_dict())
+    batches = [to(batch, dtype) for batch in case.batches]
+    wanted = expected(plain, batches)
+    found, _ = captured(model, batches)
+    assert_equals(found, wanted, TOLERANCE[dtype], case.without_factors)
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_batches_may_be_cut_in_any_way(defer: bool) -> None:
+    model = Transformer().double()
+    whole = texts((10,))[0]
+    parts = [{k: v[rows] for k, v in whole.items()} for rows in (slice(3), slice(3, 4), slice(4, 10))]
+    found, _ = captured(model, [whole])
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    for part in parts:
+        capture_batch(capture, model, part, scale=2.0**10, defer=defer)
+    assert sorted(capture.statistics.tensors) == sorted(found.tensors)
+    assert_close(capture.statistics.tensors, found.tensors, 1e-12)
+    assert capture.statistics.examples == found.examples == 10
+    assert capture.statistics.group_positions == found.group_positions
+
+
+def test_kfac_of_one_unshared_example_is_the_outer_product_of_its_gradient() -> None:
+    model, batch = MLP().double(), vectors((1,))[0]
+    found, _ = captured(model, [batch])
+    for name in ("first", "second"):
+        gradient = model.get_submodule(name).weight.grad.flatten()
+        a, g = found.kfac[name]
+        torch.testing.assert_close(torch.kron(g, a), torch.outer(gradient, gradient))
+
+
+def test_what_shares_an_input_is_stored_once() -> None:
+    found, _ = captured(Transformer().double(), texts())
+    assert found.inputs["blocks.1.k"] == found.inputs["blocks.1.v"] == "blocks.1.q"
+    assert "A/blocks.1.q" in found.tensors and "A/blocks.1.k" not in found.tensors
+    again, _ = captured(Transformer("non-reentrant").double(), texts())
+    assert again.inputs == found.inputs
+
+
+def test_groups_are_split_when_inputs_differ_and_only_then() -> None:
+    model = Sharing().double()
+    assert captured(model, ways("together", "together"))[0].inputs["v"] == "q"
+    assert captured(model, ways("together", "k alone"))[0].inputs == {
+        "q": "q", "k": "k", "v": "q", "head": "head"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [("diagonal_fisher",), ("gram",), ("kfac", "block_fisher")])
+def test_a_subset_of_the_statistics(kinds: tuple[str, ...]) -> None:
+    model = MLP().double()
+    whole, _ = captured(model, vectors())
+    found, _ = captured(model, vectors(), kinds)
+    prefixes = {"gram": ("A/", "a/"), "kfac": ("A/", "a/", "G/")}
+    wanted = tuple(p for kind in kinds for p in prefixes.get(kind, (f"{kind}/",)))
+    assert_close(found.tensors, {k: t for k, t in whole.tensors.items() if k.startswith(wanted)}, 0.0)
+
+
+# -- what cannot be exact is named -----------------------------------------------------------
+
+
+def test_a_flattened_batch_axis_has_no_statistics_of_examples() -> None:
+    model = Flattened().double()
+    found, coverage = captured(model, vectors())
+    wanted = expected(model, vectors())
+    assert_close(found.gram, wanted.gram, 1e-9)
+    assert_close({m: g for m, (_, g) in found.kfac.items()}, wanted.output, 1e-9)
+    covered = {n: f for n, f in wanted.diagonal_fisher.items() if not n.startswith("middle.")}
+    assert_close(found.diagonal_fisher, covered, 1e-9)
+    assert coverage.rows["middle.weight"].statistics == ["gram", "kfac"]
+    assert coverage.uncovered == {
+        "middle.bias": "the output of middle has 12 rows for 4 examples, so an example's gradient"
+        " cannot be told apart"
+    }
+
+
+@pytest.mark.parametrize("name", OTHER_MEETINGS)
+def test_positions_that_meet_the_batch_in_another_way_are_left_as_they_are(name: str) -> None:
+    model, batch = Places(OTHER_MEETINGS[name]).double(), texts()[0]
+    torch.manual_seed(3)
+    loss = model(batch).mean()
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    torch.manual_seed(3)
+    assert torch.equal(capture_batch(capture, model, batch), loss)
+    for n, p in model.named_parameters():
+        assert torch.equal(p.grad, gradients[n]), n
+    assert sorted(capture.statistics.diagonal_fisher) == ["head.bias", "head.weight", "words.weight"]
+    assert "1 rows for 4 examples" in capture.coverage.uncovered["places.weight"]
+
+
+def test_a_gradient_of_gradients_is_named() -> None:
+    found, coverage = captured(GradientPenalty().double(), vectors())
+    reason = "the loss has a gradient in it that was taken through first"
+    assert coverage.uncovered["first.weight"] == reason
+    assert not any("first" in key for key in found.tensors)
+
+
+def test_an_input_that_was_changed_in_place_is_named() -> None:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 3)
+    model = nn.Sequential(first, second)
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    x = vectors()[0]["x"].float()
+    with capture.batch(4, 4.0):
+        with torch.autocast("cpu", torch.bfloat16):  # autograd keeps a copy in bfloat16
+            h = first(x).float()
+            y = second(h)
+            h.mul_(2)
+        capture.start_backward()
+        y.float().square().sum(-1).mean().backward()
+        assert capture.finish()
+    assert "changed in place" in capture.coverage.uncovered["1.weight"]
+    assert sorted(capture.statistics.tensors) == sorted(
+        ["diagonal_fisher/0.weight", "diagonal_fisher/0.bias", "block_fisher/0.bias", "A/0", "a/0"]
+        + ["G/0", "diagonal_fisher/1.bias", "block_fisher/1.bias"]
+    )
+
+
+# -- batches that do not count, and what is left behind ----------------------------------------
+
+
+def test_a_batch_that_overflows_is_left_out_and_counted() -> None:
+    model = MLP()
+    batches = [to(batch, torch.float32) for batch in vectors()]
+    wanted, _ = captured(model, batches[1:])
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    for batch, scale in zip(batches, (float("inf"), 1.0, 1.0), strict=True):
+        capture_batch(capture, model, batch, scale, defer=True)
+    assert_close(capture.statistics.tensors, wanted.tensors, 1e-6)
+    assert capture.statistics.examples == wanted.examples
+    assert capture.skipped_batches == 1
+
+
+def test_a_batch_without_a_gradient_is_not_counted() -> None:
+    model = MLP().double()
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    with capture.batch(4, 4.0):
+        capture.start_backward()
+        assert not capture.finish()
+    assert capture.statistics.examples == 0
+
+
+def test_masks_of_integers_count_as_booleans() -> None:
+    model, batch = Transformer().double(), texts()[0]
+    assert batch["attention_mask"].dtype == torch.int64
+    found, _ = captured(model, [batch])
+    assert found.positions["blocks.0.q"] == int(batch["attention_mask"].sum())
+    assert found.positions["head"] == len(batch["labels"])
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_come_off_whatever_happens() -> None:
+    model = MLP().double()
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    with pytest.raises(KeyboardInterrupt), capture.batch(4, 4.0):
+        assert hooks(model) == 2
+        raise KeyboardInterrupt
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("model", [Transformer, lambda: Sharing()])
+def test_nothing_of_a_batch_stays_in_memory(model: Callable[[], nn.Module]) -> None:
+    """Without the garbage collector's help: no cycle holds inputs and graph."""
+    batches = texts() if model is Transformer else ways("together", "k drops out")
+    gc.collect()
+    gc.disable()
+    try:
+        captured(model().double(), batches)
+        assert not [x for x in gc.get_objects() if isinstance(x, Input)]
+    finally:
+        gc.enable()
+
+
+# -- another implementation --------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """(N, 3, 2) -> (N, 3): a layer at three positions, their mean, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)).mean(1))
+
+
+def test_kfac_equals_curvlinops() -> None:
+    curvlinops = pytest.importorskip("curvlinops")
+    model = Pooled().double()
+    data = [(batch["x"].unflatten(1, (3, 2)), batch["labels"]) for batch in vectors((6, 4))]
+    theirs = curvlinops.KFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        [model.layer.weight, model.head.weight],
+        data,
+        fisher_type="empirical",
+        kfac_approx="expand",
+        check_deterministic=False,
+    )
+    dense = theirs @ torch.eye(8 + 12, dtype=torch.float64)
+    capture = Capture(find_coverage(model, ("kfac",), 8192), Statistics({}))
+    for x, y in data:
+        with capture.batch(len(x), len(x)):
+            loss = F.cross_entropy(model(x), y)
+            capture.start_backward()
+            loss.backward()
+            capture.finish()
+    for name, block in (("layer", dense[:8, :8]), ("head", dense[8:, 8:])):
+        a, g = capture.statistics.kfac[name]
+        torch.testing.assert_close(torch.kron(g, a), block)

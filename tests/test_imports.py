@@ -1,0 +1,156 @@
+"""The import graph: each noun is one module or folder of the package, and arrows go one way."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "mats_lightning"
+
+# what each noun may import, in the order of the data's way; nothing stands above its imports
+ALLOWED: dict[str, set[str]] = {
+    "names": set(),
+    "batches": set(),
+    "broadcast": set(),
+    "statistics": {"names"},
+    "capture": {"broadcast", "statistics"},
+    "sidecar": {"batches", "statistics"},
+    "callback": {"batches", "capture", "names", "sidecar", "statistics"},
+    "collect": {"batches", "capture", "names", "sidecar", "statistics"},
+    "operators": set(),
+    "solvers": set(),
+    "merging": {"operators", "solvers", "statistics"},
+    "checkpoints": {"names"},
+    "tasks": {"checkpoints", "names", "sidecar", "statistics"},
+    "export": set(),
+    "report": set(),
+    "module": {
+        "checkpoints",
+        "export",
+        "merging",
+        "names",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
+    "__init__": {"callback", "collect", "merging", "module", "sidecar", "statistics", "tasks"},
+    "__main__": set(),
+}
+KNOW_LIGHTNING = {"callback", "collect", "module", "tasks"}
+LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
+NO_NAMES = {"utils", "util", "base", "helpers", "helper", "common", "misc", "managers", "factories"}
+
+
+def imports_in(source: str) -> Iterator[str]:
+    """Dotted names, wherever in the file they are imported; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def noun(path: Path) -> str:
+    return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(noun_: str) -> set[str]:
+    files = [path for path in sources(PACKAGE) if noun(path) == noun_]
+    return {name for path in files for name in imports_in(path.read_text(encoding="utf-8"))}
+
+
+def own_imports(noun_: str) -> set[str]:
+    """The nouns that a noun imports, itself left out; from `mats_lightning` itself: __init__."""
+    found = set()
+    for name in imports_of(noun_):
+        package, _, rest = name.partition(".")
+        if package == PACKAGE:
+            first = rest.partition(".")[0]
+            found.add(first if first in NOUNS else "__init__")
+    return found - {noun_}
+
+
+NOUNS = {noun(path) for path in sources(PACKAGE)}
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = """
+import os.path, lightning.pytorch as pl
+from mats_lightning import merging
+from mats_lightning.statistics.record import BLOCK as B
+def f():
+    if TYPE_CHECKING:
+        from recipes import merge
+"""
+    assert set(imports_in(source)) == {
+        "os.path",
+        "lightning.pytorch",
+        "mats_lightning.merging",
+        "mats_lightning.statistics.record.BLOCK",
+        "recipes.merge",
+    }
+    with pytest.raises(AssertionError, match="relative"):
+        set(imports_in("from .names import plain_name"))
+
+
+def test_every_noun_has_its_place() -> None:
+    assert set(ALLOWED) == NOUNS
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_arrows_go_one_way(name: str) -> None:
+    assert own_imports(name) <= ALLOWED[name]
+
+
+def test_what_is_allowed_has_no_circle() -> None:
+    """Taking away what imports nothing that is left takes away everything."""
+    left = dict(ALLOWED)
+    while free := [name for name, imports in left.items() if not imports & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def imports_lightning(name: str) -> bool:
+    return any(imported.partition(".")[0] in LIGHTNING for imported in imports_of(name))
+
+
+def test_who_knows_lightning() -> None:
+    assert {name for name in NOUNS if imports_lightning(name)} == KNOW_LIGHTNING
+
+
+@pytest.mark.parametrize(
+    "name", ["statistics", "capture", "sidecar", "operators", "solvers", "merging", "checkpoints"]
+)
+def test_who_knows_it_through_nobody_either(name: str) -> None:
+    reached, new = set[str](), {name}
+    while new:
+        reached |= new
+        new = {other for one in new for other in own_imports(one)} - reached
+    assert not reached & (KNOW_LIGHTNING | {"__init__"})
+
+
+def test_solvers_see_callables() -> None:
+    assert not own_imports("solvers")
+    assert not own_imports("operators")
+
+
+def test_nobody_imports_the_recipes() -> None:
+    programs = {path.stem for path in sources("recipes")} | {"recipes"}
+    assert "merge" in programs
+    for name in NOUNS:
+        assert not {imported.partition(".")[0] for imported in imports_of(name)} & programs, name
+
+
+def test_names_say_what_is_inside() -> None:
+    files = [path for folder in (PACKAGE, "recipes", "tests") for path in sources(folder)]
+    names = {part for path in files for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert "solvers" in names
+    assert not names & NO_NAMES

@@ -1,0 +1,1076 @@
+"""Merge functions against dense brute force in float64, and what must hold of every one of them.
+
+`C` below writes a task's C_i out as a dense matrix; it shares no code with the package.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from mats_lightning import Statistics
+from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic, ties
+from mats_lightning.merging.preconditioner import block_preconditioner
+from mats_lightning.operators import Damped, KroneckerFactored
+
+State = dict[str, Tensor]
+Merge = Callable[..., State]
+
+LINEAR = {"first": (4, 5), "second": (3, 4)}  # module -> its weight's shape
+SHAPES: dict[str, tuple[int, ...]] = {
+    "first.weight": (4, 5),
+    "first.bias": (4,),
+    "norm.weight": (4,),
+    "second.weight": (3, 4),
+    "free": (2, 3),  # covered by no statistic
+}
+VECTORS = ("first.bias", "norm.weight")
+COVERED = tuple(name for name in SHAPES if name != "free")
+EXAMPLES, POSITIONS = 8, 24
+
+
+# -- a merge to do, and its brute force --------------------------------------------------------
+
+
+@dataclass
+class Factors:
+    """The means that a `Statistics` shall give."""
+
+    f: State  # parameter -> diagonal Fisher
+    c: State  # vector -> block Fisher
+    a: State  # module -> A
+    g: State  # module -> G
+
+    def statistics(self, info: dict[str, Any] | None = None) -> Statistics:
+        tensors = {f"diagonal_fisher/{n}": EXAMPLES * t for n, t in self.f.items()}
+        tensors |= {f"block_fisher/{n}": EXAMPLES * t for n, t in self.c.items()}
+        tensors |= {f"G/{m}": EXAMPLES * t for m, t in self.g.items()}
+        tensors |= {f"A/{m}": POSITIONS * t for m, t in self.a.items()}
+        positions = dict.fromkeys(self.a, POSITIONS)
+        return Statistics(tensors, EXAMPLES, positions, {m: m for m in self.a}, info or {})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Factors":
+        groups = (self.f, self.c, self.a, self.g)
+        return Factors(*({k: function(t) for k, t in group.items()} for group in groups))
+
+
+@dataclass
+class Problem:
+    """Models with their statistics, and the model that they started from."""
+
+    thetas: list[State]
+    factors: list[Factors]
+    pretrained: State
+
+    @property
+    def statistics(self) -> list[Statistics]:
+        return [factors.statistics() for factors in self.factors]
+
+    def of(self, tasks: Sequence[int]) -> "Problem":
+        return replace(
+            self, thetas=[self.thetas[i] for i in tasks], factors=[self.factors[i] for i in tasks]
+        )
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Models in another dtype; statistics in float32 at least, as they are kept."""
+        kept = torch.promote_types(dtype, torch.float32)
+        return Problem(
+            [cast(theta, dtype) for theta in self.thetas],
+            [factors.map(lambda t: t.to(kept)) for factors in self.factors],
+            cast(self.pretrained, dtype),
+        )
+
+
+def cast(state: State, dtype: torch.dtype) -> State:
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def positive(generator: torch.Generator, d: int, scale: float) -> Tensor:
+    root = normal(generator, d, 3 * d)
+    return scale * root @ root.T / (3 * d)
+
+
+def make_factors(generator: torch.Generator, scale: float) -> Factors:
+    return Factors(
+        f={n: scale * (normal(generator, *SHAPES[n]).square() + 0.1) for n in COVERED},
+        c={n: positive(generator, SHAPES[n][0], scale) for n in VECTORS},
+        a={m: positive(generator, d_in, 1.0) for m, (_, d_in) in LINEAR.items()},
+        g={m: positive(generator, d_out, scale) for m, (d_out, _) in LINEAR.items()},
+    )
+
+
+def make_state(generator: torch.Generator) -> State:
+    return {name: normal(generator, *shape) for name, shape in SHAPES.items()}
+
+
+def make_problem(scale: float = 1.0, tasks: int = 3) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    # the tasks' curvature differs in scale, so that normalisation and weights are seen
+    factors = [make_factors(generator, scale * 3.0**i) for i in range(tasks)]
+    return Problem([make_state(generator) for _ in range(tasks)], factors, make_state(generator))
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return make_problem()
+
+
+def scaled_off_diagonal(matrix: Tensor, scale: float) -> Tensor:
+    return scale * matrix + (1 - scale) * torch.diag(matrix.diagonal())
+
+
+def dense_operator(
+    factors: Factors,
+    kind: str,
+    name: str,
+    off_diagonal: float = 1.0,
+    floor: float = 0.0,
+    damping: float = 0.0,
+    normalize: bool = False,
+) -> Tensor:
+    """C of one task for one parameter, as the matrix that acts on the parameter's numbers."""
+    module = name.removesuffix(".weight")
+    if kind == "average":
+        c = torch.eye(torch.Size(SHAPES[name]).numel(), dtype=torch.float64)
+    elif kind == "diagonal_fisher":
+        c = torch.diag(factors.f[name].clamp(min=floor).flatten())
+    elif kind == "block_fisher":
+        c = scaled_off_diagonal(factors.c[name], off_diagonal)
+    else:
+        d_out = LINEAR[module][0]
+        a = scaled_off_diagonal(factors.a[module], off_diagonal)
+        g = torch.eye(d_out, dtype=torch.float64)
+        if kind == "kfac":
+            g = scaled_off_diagonal(factors.g[module], off_diagonal)
+        c = torch.kron(g, a)
+    if normalize:
+        c = c / (c.trace() / len(c))
+    return c + damping * c.trace() / len(c) * torch.eye(len(c), dtype=torch.float64)
+
+
+def brute_force(
+    problem: Problem,
+    kind_of: Mapping[str, str],
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> State:
+    """(sum w_i C_i) theta = sum w_i C_i theta_i by dense algebra; without a C_i, the mean."""
+    w = weights or [1.0] * len(problem.thetas)
+    merged = {}
+    for name, shape in SHAPES.items():
+        kind = kind_of.get(name, "average")
+        cs = [dense_operator(factors, kind, name, **options) for factors in problem.factors]
+        total = sum(wi * c for wi, c in zip(w, cs, strict=True))
+        b = sum(
+            wi * c @ theta[name].flatten()
+            for wi, c, theta in zip(w, cs, problem.thetas, strict=True)
+        )
+        merged[name] = torch.linalg.solve(total, b).view(shape)
+    return merged
+
+
+MATRICES = tuple(f"{module}.weight" for module in LINEAR)
+AVERAGE: dict[str, str] = {}
+DIAGONAL = dict.fromkeys(COVERED, "diagonal_fisher")
+GRAM = dict.fromkeys(MATRICES, "gram")
+KFAC = dict.fromkeys(MATRICES, "kfac") | dict.fromkeys(VECTORS, "block_fisher")
+KINDS = {"average": AVERAGE, "diagonal_fisher": DIAGONAL, "gram": GRAM, "kfac": KFAC}
+
+
+def solved(problem: Problem, objective: Any = "kfac", **options: Any) -> State:
+    """`mats`, run to convergence."""
+    options = {"preconditioner": "kronecker"} | options
+    result = mats(
+        problem.thetas,
+        problem.statistics,
+        objective=objective,
+        iterations=300,
+        tolerance=1e-13,
+        preconditioner_damping=1e-3,
+        **options,
+    )
+    assert all(block.converged for block in result.blocks.values())
+    return result.state_dict
+
+
+def assert_states(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
+) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape
+        error = float((found[name].double() - tensor.double()).norm())
+        assert error <= tolerance * float(tensor.double().norm()), name
+
+
+# -- the equation ------------------------------------------------------------------------------
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"weights": [1.0, 0.25, 3.0]},
+    {"normalize": True},
+    {"normalize": True, "weights": [1.0, 0.25, 3.0]},
+]
+FACTOR_SETTINGS = [
+    *SETTINGS,
+    {"off_diagonal": 0.9},
+    {"off_diagonal": 0.0},
+    {"damping": 0.1},
+    {"off_diagonal": 0.6, "damping": 0.05, "normalize": True, "weights": [2.0, 1.0, 0.5]},
+]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, 3.0]])
+def test_average(problem: Problem, weights: list[float] | None) -> None:
+    expected = brute_force(problem, AVERAGE, weights)
+    assert_states(average(problem.thetas, weights=weights), expected, 1e-12)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_fisher_is_brute_force(problem: Problem, setting: dict[str, Any], floor: float) -> None:
+    found = fisher(problem.thetas, problem.statistics, floor=floor, **setting)
+    assert_states(found, brute_force(problem, DIAGONAL, floor=floor, **setting), 1e-12)
+
+
+@pytest.mark.parametrize("setting", FACTOR_SETTINGS, ids=str)
+def test_regmean_is_brute_force(problem: Problem, setting: dict[str, Any]) -> None:
+    setting = {"off_diagonal": 1.0, "damping": 0.0} | setting
+    found = regmean(problem.thetas, problem.statistics, **setting)
+    assert_states(found, brute_force(problem, GRAM, **setting), 1e-11)
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+@pytest.mark.parametrize("objective", ["gram", "kfac"])
+@pytest.mark.parametrize("setting", FACTOR_SETTINGS, ids=str)
+def test_converged_mats_is_brute_force(
+    problem: Problem, setting: dict[str, Any], objective: str, preconditioner: str | None
+) -> None:
+    setting = {"off_diagonal": 1.0, "damping": 0.0, "normalize": False} | setting
+    found = solved(problem, objective, preconditioner=preconditioner, **setting)
+    assert_states(found, brute_force(problem, KINDS[objective], **setting), 1e-9)
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_converged_mats_is_the_closed_form(
+    problem: Problem, setting: dict[str, Any], preconditioner: str | None
+) -> None:
+    thetas, statistics = problem.thetas, problem.statistics
+    same = {"normalize": False} | setting
+    options = same | {"preconditioner": preconditioner}
+
+    found = solved(problem, "average", damping=0.0, **options)
+    assert_states(found, average(thetas, weights=setting.get("weights")), 1e-9)
+
+    found = solved(problem, "diagonal_fisher", floor=0.02, damping=0.0, **options)
+    assert_states(found, fisher(thetas, statistics, floor=0.02, **same), 1e-9)
+
+    factors: dict[str, Any] = {"off_diagonal": 0.7, "damping": 0.01}
+    found = solved(problem, "gram", **factors, **options)
+    assert_states(found, regmean(thetas, statistics, **factors, **same), 1e-9)
+
+
+def test_an_objective_is_the_first_statistic_that_covers_a_parameter(problem: Problem) -> None:
+    plain = {"off_diagonal": 1.0, "damping": 0.0, "normalize": False, "floor": 0.0}
+    found = solved(problem, ("gram", "diagonal_fisher"), **plain)
+    assert_states(found, brute_force(problem, DIAGONAL | GRAM), 1e-9)
+    found = solved(problem, ("diagonal_fisher", "gram"), **plain)
+    assert_states(found, brute_force(problem, DIAGONAL), 1e-9)
+    result = mats(
+        problem.thetas, problem.statistics, objective=("gram", "block_fisher"), iterations=1
+    )
+    assert {n: b.statistic for n, b in result.blocks.items()} == (
+        GRAM | dict.fromkeys(VECTORS, "block_fisher")
+    )
+    assert result.uncovered == ["free"]
+
+
+def test_plain_conjugate_gradients_are_the_papers(problem: Problem) -> None:
+    """SciPy's cg over the Kronecker sums, from the average: what the authors' code runs."""
+    counts = [1, 2, 5, 17]
+    results = mats(
+        problem.thetas,
+        problem.statistics,
+        objective="kfac",
+        init="average",
+        iterations=counts,
+        preconditioner=None,
+        off_diagonal=1.0,
+        damping=0.0,
+        normalize=False,
+        tolerance=0.0,
+    )
+    for module, (d_out, d_in) in LINEAR.items():
+        pairs = [(f.g[module].numpy(), f.a[module].numpy()) for f in problem.factors]
+        thetas = [theta[f"{module}.weight"].numpy() for theta in problem.thetas]
+
+        def matvec(
+            x: np.ndarray, pairs: Any = pairs, shape: tuple[int, int] = (d_out, d_in)
+        ) -> np.ndarray:
+            return sum(g @ x.reshape(shape) @ a for g, a in pairs).ravel()
+
+        size = d_out * d_in
+        operator = scipy.sparse.linalg.LinearOperator((size, size), matvec, dtype=np.float64)
+        b = sum(g @ theta @ a for (g, a), theta in zip(pairs, thetas, strict=True)).ravel()
+        x0 = np.mean(thetas, axis=0).ravel()
+        for count in counts:
+            x, _ = scipy.sparse.linalg.cg(operator, b, x0, rtol=0.0, maxiter=count)
+            found = results[count].state_dict[f"{module}.weight"].numpy().ravel()
+            assert np.linalg.norm(found - x) < 1e-6 * np.linalg.norm(x), (module, count)
+            residual = np.linalg.norm(b - operator @ x) / np.linalg.norm(b)
+            block = results[count].blocks[f"{module}.weight"]
+            assert block.residuals[-1] == pytest.approx(residual, rel=1e-4, abs=1e-9)
+
+
+# -- the preconditioner ------------------------------------------------------------------------
+
+
+def test_kronecker_preconditioner_is_what_it_says(problem: Problem) -> None:
+    """((sum c_i G_i) x (sum c_i A_i) / sum c_i + shift I)^-1, the factors' mean eigenvalues 1."""
+    weights, damping, relative = [1.0, 0.5, 2.0], 0.1, 0.03
+    tasks = [(w, f.a["first"], f.g["first"]) for w, f in zip(weights, problem.factors, strict=True)]
+    operators = [Damped(KroneckerFactored(a, g).scaled(w), damping * w) for w, a, g in tasks]
+    apply = block_preconditioner(operators, relative)
+    assert apply is not None
+
+    def mean(m: Tensor) -> float:
+        return float(m.trace()) / len(m)
+
+    c = [w * mean(a) * mean(g) for w, a, g in tasks]
+    a_sum = torch.stack([ci * a / mean(a) for ci, (_, a, _) in zip(c, tasks, strict=True)]).sum(0)
+    g_sum = torch.stack([ci * g / mean(g) for ci, (_, _, g) in zip(c, tasks, strict=True)]).sum(0)
+    shift = damping * sum(weights) + relative * sum(c)
+    matrix = torch.kron(g_sum, a_sum) / sum(c) + shift * torch.eye(20, dtype=torch.float64)
+    r = problem.thetas[0]["first.weight"]
+    torch.testing.assert_close(apply(r).flatten(), torch.linalg.solve(matrix, r.flatten()))
+
+
+@pytest.mark.parametrize("objective", ["diagonal_fisher", "gram", ("block_fisher",)])
+def test_where_the_preconditioner_is_exact_one_iteration_does(
+    problem: Problem, objective: Any
+) -> None:
+    options: dict[str, Any] = {"objective": objective, "iterations": 1, "damping": 0.1}
+    exact = mats(problem.thetas, problem.statistics, preconditioner_damping=0.0, **options)
+    plain = mats(problem.thetas, problem.statistics, preconditioner=None, **options)
+    assert exact.blocks
+    for name, block in exact.blocks.items():
+        assert block.residuals[1] < 1e-12 < plain.blocks[name].residuals[1], name
+
+
+def test_equal_factors_make_the_kronecker_preconditioner_exact(problem: Problem) -> None:
+    problem.factors = [problem.factors[0]] * 3
+    options: dict[str, Any] = {"init": problem.pretrained, "iterations": 1}
+    options |= {"objective": "kfac", "damping": 0.0, "normalize": False}
+    exact = mats(problem.thetas, problem.statistics, preconditioner_damping=0.0, **options)
+    plain = mats(problem.thetas, problem.statistics, preconditioner=None, **options)
+    assert exact.blocks
+    for name, block in exact.blocks.items():
+        assert block.residuals[1] < 1e-11 < plain.blocks[name].residuals[1], name
+
+
+# -- what holds of every method ----------------------------------------------------------------
+
+
+def by_mats(objective: str, preconditioner: str | None) -> Merge:
+    def merge(problem: Problem, weights: Any = None) -> State:
+        return solved(
+            problem,
+            objective,
+            preconditioner=preconditioner,
+            off_diagonal=0.8,
+            damping=0.01,
+            normalize=True,
+            weights=weights,
+        )
+
+    return merge
+
+
+DIRECT: dict[str, Merge] = {
+    "average": lambda p, weights=None: average(p.thetas, weights=weights),
+    "task_arithmetic": lambda p, weights=None: task_arithmetic(
+        p.thetas, p.pretrained, 0.3, weights=weights
+    ),
+    "ties": lambda p, weights=None: ties(p.thetas, p.pretrained, 0.4, 0.7, weights=weights),
+    "fisher": lambda p, weights=None: fisher(p.thetas, p.statistics, weights=weights),
+    "regmean": lambda p, weights=None: regmean(p.thetas, p.statistics, weights=weights),
+    "mats, two iterations": lambda p, weights=None: (
+        mats(p.thetas, p.statistics, iterations=2, weights=weights).state_dict
+    ),
+}
+CONVERGED: dict[str, Merge] = {
+    f"mats {objective}, {preconditioner}": by_mats(objective, preconditioner)
+    for objective in KINDS
+    for preconditioner in ("kronecker", None)
+}
+METHODS = DIRECT | CONVERGED
+
+
+def methods(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("merge", [pytest.param(METHODS[n], id=n) for n in names])
+
+
+every_method = methods(METHODS)
+
+
+@every_method
+def test_the_order_of_tasks_does_not_matter(problem: Problem, merge: Merge) -> None:
+    weights = [1.0, 0.25, 3.0]
+    expected = merge(problem, weights=weights)
+    for order in itertools.permutations(range(3)):
+        found = merge(problem.of(order), weights=[weights[i] for i in order])
+        assert_states(found, expected, 1e-9)
+
+
+@every_method
+def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
+    found = merge(problem, weights=[1.0, 0.0, 3.0])
+    assert_states(found, merge(problem.of([0, 2]), weights=[1.0, 3.0]), 1e-9)
+    with pytest.raises(AssertionError):  # and the task would have had a say
+        assert_states(found, merge(problem), 1e-3)
+
+
+@methods(n for n in METHODS if n != "task_arithmetic")  # whose weights scale the task vectors
+def test_only_the_weights_proportions_matter(problem: Problem, merge: Merge) -> None:
+    found = merge(problem, weights=[2.0, 0.5, 6.0])
+    assert_states(found, merge(problem, weights=[1.0, 0.25, 3.0]), 1e-9)
+    assert_states(merge(problem, weights=[2.0] * 3), merge(problem), 1e-9)
+
+
+@every_method
+def test_inputs_are_left_alone_and_not_shared(problem: Problem, merge: Merge) -> None:
+    before = make_problem()
+    merged = merge(problem)
+    for tensor in merged.values():
+        tensor.fill_(7.0)
+    for found, expected in zip(
+        [*problem.thetas, problem.pretrained], [*before.thetas, before.pretrained], strict=True
+    ):
+        assert_states(found, expected, 0.0)
+    for factors, same in zip(problem.factors, before.factors, strict=True):
+        for found, expected in ((factors.f, same.f), (factors.a, same.a), (factors.g, same.g)):
+            assert_states(found, expected, 0.0)
+
+
+@methods(DIRECT)  # float32 does not reach the tolerance of the others
+def test_bfloat16_is_computed_in_float32_and_returned(problem: Problem, merge: Merge) -> None:
+    half = problem.to(torch.bfloat16)
+    wide = replace(half, thetas=[cast(t, torch.float32) for t in half.thetas])
+    wide.pretrained = cast(half.pretrained, torch.float32)
+    found = merge(half)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert_states(found, cast(merge(wide), torch.bfloat16), 0.0)
+
+
+@every_method
+def test_float64_is_kept(problem: Problem, merge: Merge) -> None:
+    assert {tensor.dtype for tensor in merge(problem).values()} == {torch.float64}
+
+
+@every_method
+def test_models_of_two_dtypes_give_the_wider(problem: Problem, merge: Merge) -> None:
+    expected = merge(problem)
+    for narrow in range(3):
+        mixed = replace(problem, thetas=list(problem.thetas))
+        mixed.thetas[narrow] = cast(problem.thetas[narrow], torch.float32)
+        found = merge(mixed)
+        assert {tensor.dtype for tensor in found.values()} == {torch.float64}
+        assert_states(found, expected, 1e-5)
+
+
+def identical(problem: Problem) -> Problem:
+    return replace(problem, thetas=[problem.thetas[0]] * 3)
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+def test_identical_models_merge_to_themselves(problem: Problem, preconditioner: str | None) -> None:
+    p = identical(problem)
+    theta = p.thetas[0]
+    assert_states(average(p.thetas), theta, 1e-12)
+    assert_states(fisher(p.thetas, p.statistics), theta, 1e-12)
+    assert_states(regmean(p.thetas, p.statistics), theta, 1e-10)
+    assert_states(task_arithmetic(p.thetas, p.pretrained, 1 / 3), theta, 1e-12)
+    assert_states(ties(p.thetas, p.pretrained, 1.0, 1.0), theta, 1e-12)
+    for objective in KINDS:
+        from_the_average = mats(
+            p.thetas,
+            p.statistics,
+            objective=objective,
+            init="average",
+            iterations=3,
+            preconditioner=preconditioner,
+        )
+        assert_states(from_the_average.state_dict, theta, 1e-12)
+        from_elsewhere = solved(
+            p, objective, init=p.pretrained, damping=0.1, preconditioner=preconditioner
+        )
+        assert_states(from_elsewhere, theta, 1e-9)
+
+
+# -- evidence that is missing, tiny or zero ----------------------------------------------------
+
+
+def test_no_evidence_gives_the_average(problem: Problem) -> None:
+    problem.factors = [factors.map(torch.zeros_like) for factors in problem.factors]
+    thetas, statistics = problem.thetas, problem.statistics
+    weights = [1.0, 0.25, 3.0]
+    expected = average(thetas, weights=weights)
+    for floor in (0.0, 1e-8):
+        found = fisher(thetas, statistics, floor=floor, weights=weights)
+        assert_states(found, expected, 1e-12)
+    assert_states(regmean(thetas, statistics, weights=weights), expected, 1e-12)
+    for objective, damping, init in itertools.product(
+        ("diagonal_fisher", "gram", "kfac"), (0.0, 0.1), ("average", "pretrained")
+    ):
+        found = solved(
+            problem,
+            objective,
+            damping=damping,
+            init=init,
+            floor=0.0,
+            weights=weights,
+            pretrained=problem.pretrained,
+        )
+        assert_states(found, expected, 1e-9)
+
+
+def test_no_evidence_for_single_numbers_gives_their_average(problem: Problem) -> None:
+    for factors in problem.factors:
+        factors.f["first.weight"][1] = 0
+    expected = average(problem.thetas)["first.weight"]
+    found = fisher(problem.thetas, problem.statistics, floor=0.0)["first.weight"]
+    torch.testing.assert_close(found[1], expected[1])
+    assert not torch.isclose(found[0], expected[0]).any()
+
+
+def test_a_task_without_evidence_has_no_say(problem: Problem) -> None:
+    problem.factors[1] = problem.factors[1].map(torch.zeros_like)
+    found = solved(problem, "kfac", damping=0.1, normalize=True)
+    expected = solved(problem.of([0, 2]), "kfac", damping=0.1, normalize=True)
+    for name in COVERED:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-24])
+def test_tiny_curvature_in_float32_is_still_right(scale: float) -> None:
+    exact = make_problem(scale)
+    for factors in exact.factors:  # tiny inputs too: A and G multiply
+        factors.a = {module: a * scale**0.5 for module, a in factors.a.items()}
+    p = exact.to(torch.float32)
+    found = fisher(p.thetas, p.statistics, floor=0.0)
+    assert_states(found, brute_force(exact, DIAGONAL), 1e-4)
+    found = regmean(p.thetas, p.statistics, off_diagonal=1.0, damping=0.0)
+    assert_states(found, brute_force(exact, GRAM), 1e-4)
+    for objective, preconditioner in itertools.product(KINDS, ("kronecker", None)):
+        result = mats(
+            p.thetas,
+            p.statistics,
+            objective=objective,
+            iterations=200,
+            tolerance=1e-6,
+            floor=0.0,
+            off_diagonal=1.0,
+            damping=0.01,
+            normalize=False,
+            preconditioner=preconditioner,
+        )
+        assert all(block.converged for block in result.blocks.values())
+        expected = brute_force(exact, KINDS[objective], damping=0.01)
+        assert_states(result.state_dict, expected, 1e-4)
+
+
+# -- mats: iterations, start, evidence ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+def test_a_list_of_iterations_is_as_many_runs(problem: Problem, preconditioner: str | None) -> None:
+    def run(iterations: Any) -> Any:
+        return mats(
+            problem.thetas,
+            problem.statistics,
+            iterations=iterations,
+            preconditioner=preconditioner,
+            preconditioner_damping=1e-3,
+            tolerance=1e-9,
+        )
+
+    counts = [3, 0, 1, 1000]
+    together = run(counts)
+    assert list(together) == counts
+    for count in counts:
+        alone = run(count)
+        assert_states(together[count].state_dict, alone.state_dict, 0.0)
+        assert together[count].blocks == alone.blocks
+        assert together[count].uncovered == alone.uncovered == ["free"]
+    for name, block in together[1000].blocks.items():
+        assert block.converged
+        assert 1 < block.iterations == len(block.residuals) - 1 < 1000
+        early = together[1].blocks[name]
+        assert (early.iterations, len(early.residuals), early.converged) == (1, 2, False)
+        assert early.residuals == block.residuals[:2]
+
+
+@pytest.mark.parametrize("init", ["average", "pretrained", "state dict"])
+def test_without_iterations_the_start_comes_back(problem: Problem, init: str) -> None:
+    other = make_state(torch.Generator().manual_seed(9))
+    start = {
+        "average": average(problem.thetas),
+        "pretrained": problem.pretrained,
+        "state dict": other,
+    }
+    result = mats(
+        problem.thetas,
+        problem.statistics,
+        init=other if init == "state dict" else init,
+        iterations=0,
+        pretrained=problem.pretrained,
+        uncovered="average",
+    )
+    expected = start[init] | {"free": average(problem.thetas)["free"]}
+    assert_states(result.state_dict, expected, 0.0)
+    for name in COVERED:
+        assert result.blocks[name].iterations == 0
+        assert result.state_dict[name] is not start[init][name]
+
+
+def test_the_start_matters_until_convergence(problem: Problem) -> None:
+    def run(init: Any, iterations: int) -> State:
+        return mats(
+            problem.thetas,
+            problem.statistics,
+            init=init,
+            iterations=iterations,
+            damping=0.1,
+            tolerance=1e-12,
+        ).state_dict
+
+    assert_states(run(problem.pretrained, 200), run("average", 200), 1e-9)
+    with pytest.raises(AssertionError):
+        assert_states(run(problem.pretrained, 1), run("average", 1), 1e-3)
+
+
+def test_each_block_is_reported_before_it_is_solved(problem: Problem) -> None:
+    calls: list[tuple[str, int, int]] = []
+    mats(
+        problem.thetas, problem.statistics, iterations=1, on_block=lambda *call: calls.append(call)
+    )
+    assert calls == [(name, i, len(SHAPES)) for i, name in enumerate(SHAPES)]
+
+
+# -- task vectors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, 3.0]])
+def test_task_arithmetic_is_its_formula(problem: Problem, weights: list[float] | None) -> None:
+    w = weights or [1.0] * 3
+    expected = {
+        name: start
+        + 0.3 * sum(wi * (t[name] - start) for wi, t in zip(w, problem.thetas, strict=True))
+        for name, start in problem.pretrained.items()
+    }
+    found = task_arithmetic(problem.thetas, problem.pretrained, 0.3, weights=weights)
+    assert_states(found, expected, 1e-12)
+
+
+def ties_of_the_paper(
+    thetas: Sequence[np.ndarray],
+    start: np.ndarray,
+    density: float,
+    scale: float,
+    w: Sequence[float],
+) -> np.ndarray:
+    """arXiv 2306.01708, algorithm 1, on flat vectors."""
+    vectors = []
+    for theta in thetas:  # trim
+        tau = theta - start
+        order = np.argsort(-np.abs(tau))
+        kept = np.zeros_like(tau)
+        largest = order[: round(density * len(tau))]
+        kept[largest] = tau[largest]
+        vectors.append(kept)
+    sign = np.sign(sum(wi * tau for wi, tau in zip(w, vectors, strict=True)))  # elect
+    merged = np.zeros_like(start)
+    for p in range(len(start)):  # disjoint merge
+        agreeing = [
+            (wi, tau[p]) for wi, tau in zip(w, vectors, strict=True) if tau[p] * sign[p] > 0
+        ]
+        if total := sum(wi for wi, _ in agreeing):
+            merged[p] = sum(wi * value for wi, value in agreeing) / total
+    return start + scale * merged
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, 3.0]])
+def test_ties_is_the_papers_three_steps(
+    problem: Problem, density: float, weights: list[float] | None
+) -> None:
+    def flat(state: State) -> np.ndarray:
+        return torch.cat([state[name].flatten() for name in SHAPES]).numpy()
+
+    expected = ties_of_the_paper(
+        [flat(t) for t in problem.thetas],
+        flat(problem.pretrained),
+        density,
+        0.7,
+        weights or [1.0] * 3,
+    )
+    found = ties(problem.thetas, problem.pretrained, density, 0.7, weights=weights)
+    np.testing.assert_allclose(flat(found), expected, rtol=1e-12, atol=1e-14)
+
+
+# -- parameters without a statistic, buffers, ties ---------------------------------------------
+
+
+def statistic_methods(uncovered: str, pretrained: State | None) -> dict[str, Merge]:
+    more: dict[str, Any] = {"uncovered": uncovered, "pretrained": pretrained}
+    return {
+        "fisher": lambda p: fisher(p.thetas, p.statistics, **more),
+        "regmean": lambda p: regmean(p.thetas, p.statistics, **more),
+        "mats": lambda p: mats(p.thetas, p.statistics, iterations=2, **more).state_dict,
+    }
+
+
+STATISTIC_METHODS = ("fisher", "regmean", "mats")
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_uncovered_parameters_are_the_users_choice(problem: Problem, method: str) -> None:
+    mean = average(problem.thetas)["free"]
+    by_average = statistic_methods("average", problem.pretrained)[method](problem)
+    torch.testing.assert_close(by_average["free"], mean)
+    by_pretrained = statistic_methods("pretrained", problem.pretrained)[method](problem)
+    assert torch.equal(by_pretrained["free"], problem.pretrained["free"])
+    by_pretrained["free"].zero_()  # the user's model is not the merged one
+    assert problem.pretrained["free"].all()
+    covered = [name for name in SHAPES if name != "free"]
+    for name in covered[:1]:
+        assert torch.equal(by_pretrained[name], by_average[name])
+    with pytest.raises(ValueError, match=r"has no statistic .*uncovered='average' or 'pretrained'"):
+        statistic_methods("error", None)[method](problem)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_uncovered_error_is_silent_where_all_is_covered(problem: Problem, method: str) -> None:
+    names = MATRICES  # which all three cover
+    p = replace(problem, thetas=[{n: t[n] for n in names} for t in problem.thetas])
+    buffered = [t | {"count": torch.tensor(3)} for t in p.thetas]  # nothing to cover
+    found = statistic_methods("error", None)[method](replace(p, thetas=buffered))
+    assert set(found) == {*names, "count"}
+
+
+@every_method
+def test_what_is_not_floating_point_is_kept_where_it_is_equal(
+    problem: Problem, merge: Merge
+) -> None:
+    for state in (*problem.thetas, problem.pretrained):
+        state["ids"] = torch.arange(5)
+        state["flag"] = torch.tensor(True)
+    merged = merge(problem)
+    assert torch.equal(merged["ids"], torch.arange(5))
+    assert merged["ids"].dtype == torch.int64
+    assert merged["flag"].dtype == torch.bool
+    problem.thetas[2]["ids"] = torch.arange(5) + 1
+    with pytest.raises(
+        ValueError, match=r"'ids' differs between model 0 .* and model 2 .*leave it out"
+    ):
+        merge(problem)
+
+
+@every_method
+def test_numbers_and_counters_under_one_name_are_an_error(problem: Problem, merge: Merge) -> None:
+    problem.thetas[1]["free"] = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'free' differs between model 0 .*int64"):
+        merge(problem)
+
+
+@pytest.mark.parametrize("method", ["fisher", "mats"])
+def test_both_names_of_a_tied_parameter_get_one_value(problem: Problem, method: str) -> None:
+    """As in a language model whose head is its embedding: the statistic stands under one name."""
+    for state in (*problem.thetas, problem.pretrained):
+        state["head.weight"] = state["first.weight"]
+    statistics = [f.statistics({"tied": {"head.weight": "first.weight"}}) for f in problem.factors]
+    if method == "fisher":
+        merged = fisher(problem.thetas, statistics)
+    else:
+        merged = mats(problem.thetas, statistics, iterations=3).state_dict
+    assert torch.equal(merged["head.weight"], merged["first.weight"])
+    assert not torch.allclose(merged["head.weight"], average(problem.thetas)["first.weight"])
+
+
+class Lazy(Mapping[str, Tensor]):
+    """As weights are that are read from a file: a new tensor at each access, with a gradient."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name].clone().requires_grad_(self._state[name].is_floating_point())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+@every_method
+def test_weights_may_be_lazy_and_may_require_gradients(problem: Problem, merge: Merge) -> None:
+    expected = merge(problem)
+    lazy: Any = replace(
+        problem,
+        thetas=[Lazy(theta) for theta in problem.thetas],  # type: ignore[misc]
+        pretrained=Lazy(problem.pretrained),  # type: ignore[arg-type]
+    )
+    found = merge(lazy)
+    assert not any(tensor.requires_grad for tensor in found.values())
+    assert_states(found, expected, 0.0)
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+@every_method
+def test_no_models(merge: Merge) -> None:
+    with pytest.raises(ValueError, match="there is no model to merge"):
+        merge(Problem([], [], {}))
+
+
+@every_method
+def test_models_without_parameters(merge: Merge) -> None:
+    problem = make_problem()
+    with pytest.raises(ValueError, match="model 0 has no parameter"):
+        merge(replace(problem, thetas=[{}, {}, {}]))
+
+
+@every_method
+def test_no_common_parameter(problem: Problem, merge: Merge) -> None:
+    problem.thetas[1] = {f"backbone.{name}": t for name, t in problem.thetas[1].items()}
+    message = (
+        "model 0 and model 1 have no common parameter: 'first.weight' ... against"
+        " 'backbone.first.weight' ...; is a prefix missing"
+    )
+    with pytest.raises(ValueError, match=message):
+        merge(problem)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (
+            2,
+            {"third.weight": None},
+            r"model 0 and model 2 .*architectures: 'free' is in model 0 alone",
+        ),
+        (1, {"third.weight": torch.ones(1)}, "'third.weight' is in model 1 alone.*leave"),
+    ],
+)
+def test_another_architecture(
+    problem: Problem, merge: Merge, model: int, change: Any, message: str
+) -> None:
+    if change["third.weight"] is None:
+        del problem.thetas[model]["free"]
+    else:
+        problem.thetas[model] |= change
+    with pytest.raises(ValueError, match=message):
+        merge(problem)
+
+
+@every_method
+def test_another_head_size(problem: Problem, merge: Merge) -> None:
+    problem.thetas[2]["second.weight"] = torch.ones(7, 4, dtype=torch.float64)
+    message = (
+        r"'second.weight' has shape \(3, 4\) in model 0 and \(7, 4\) in model 2; a head of another"
+    )
+    with pytest.raises(ValueError, match=message):
+        merge(problem)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 2.0], "2 weights for 3 models: give one a model"),
+        ([1.0, -0.5, 1.0], r"weights=\[1.0, -0.5, 1.0\]: they must be finite, not negative"),
+        ([1.0, float("nan"), 1.0], "must be finite"),
+        ([1.0, float("inf"), 1.0], "must be finite"),
+        ([0.0, 0.0, 0.0], "not all 0"),
+    ],
+)
+def test_bad_weights(problem: Problem, merge: Merge, weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge(problem, weights=weights)
+
+
+@pytest.mark.parametrize("method", [task_arithmetic, ties])
+def test_a_start_of_another_architecture(problem: Problem, method: Any) -> None:
+    settings = (0.5,) if method is task_arithmetic else (0.5, 1.0)
+    extra = problem.pretrained | {"head.weight": torch.ones(2)}  # its own head is no matter
+    method(problem.thetas, extra, *settings)
+    del problem.pretrained["free"]
+    message = "model 0 and the pretrained model are of different architectures: 'free'"
+    with pytest.raises(ValueError, match=message):
+        method(problem.thetas, problem.pretrained, *settings)
+
+
+def test_what_a_model_alone_has_is_an_error_even_when_it_is_the_start_too(problem: Problem) -> None:
+    start = problem.thetas[0] | {"head.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"'head\.weight' is in model 1 alone"):
+        task_arithmetic([problem.thetas[0], start], start, 0.5)
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.01, float("nan")])
+def test_ties_density_out_of_range(problem: Problem, density: float) -> None:
+    with pytest.raises(ValueError, match=rf"density={density}: .* lies in \(0, 1\]"):
+        ties(problem.thetas, problem.pretrained, density, 1.0)
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "negative iterations": ({"iterations": -1}, "iterations=-1: give counts that are not negative"),
+    "a negative one": ({"iterations": [3, -1]}, r"iterations=\[3, -1\]: give counts"),
+    "no iterations": ({"iterations": []}, r"iterations=\[\]: give counts"),
+    "objective": ({"objective": "hessian"}, "objective='hessian'; choose from average, diagonal"),
+    "statistic": ({"objective": ("gram", "hesse")}, "no statistic is called 'hesse'; there are"),
+    "no statistic": ({"objective": ()}, "the objective is empty"),
+    "preconditioner": ({"preconditioner": "jacobi"}, "preconditioner='jacobi'; choose 'kronecker'"),
+    "init": ({"init": "zero"}, "init='zero'; choose 'average', 'pretrained' or give a state dict"),
+    "no start": ({"init": "pretrained"}, "init='pretrained' needs pretrained=<state dict>"),
+    "another start": (
+        {"init": {"free": torch.ones(2, 3)}},
+        "model 0 and the state dict in init are of different architectures: 'first.bias'",
+    ),
+    "uncovered": (
+        {"uncovered": "zero"},
+        "uncovered='zero'; choose from average, pretrained, error",
+    ),
+    "uncovered start": ({"uncovered": "pretrained"}, "uncovered='pretrained' needs pretrained="),
+    "off_diagonal": ({"off_diagonal": 1.1}, "off_diagonal=1.1: it lies between 0 and 1"),
+    "damping": ({"damping": -0.1}, "damping=-0.1: it cannot be negative"),
+    "preconditioner_damping": ({"preconditioner_damping": -1.0}, "preconditioner_damping=-1.0: it"),
+    "floor": ({"floor": float("nan")}, "floor=nan: it cannot be negative"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_of_mats(problem: Problem, case: str) -> None:
+    options, message = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=message):
+        mats(problem.thetas, problem.statistics, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (fisher, {"floor": -1.0}, "floor=-1.0: it cannot be negative"),
+        (fisher, {"uncovered": "zero"}, "uncovered='zero'; choose from"),
+        (regmean, {"off_diagonal": -0.1}, "off_diagonal=-0.1: it lies between 0 and 1"),
+        (regmean, {"damping": -1.0}, "damping=-1.0: it cannot be negative"),
+        (regmean, {"uncovered": "pretrained"}, "uncovered='pretrained' needs pretrained="),
+    ],
+)
+def test_bad_options(problem: Problem, method: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method(problem.thetas, problem.statistics, **options)
+
+
+def run_method(
+    method: str, problem: Problem, statistics: Sequence[Statistics] | None = None
+) -> Any:
+    statistics = problem.statistics if statistics is None else statistics
+    functions: dict[str, Any] = {"fisher": fisher, "regmean": regmean, "mats": mats}
+    return functions[method](problem.thetas, statistics)
+
+
+FACTOR_OF = {"fisher": ("f", "first.weight"), "regmean": ("a", "first"), "mats": ("g", "first")}
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_factor_with_nan_or_inf(problem: Problem, method: str, value: float) -> None:
+    group, key = FACTOR_OF[method]
+    getattr(problem.factors[1], group)[key][1, 1] = value
+    with pytest.raises(
+        ValueError, match=r"of 'first.weight' has NaN or inf; take the statistics anew"
+    ):
+        run_method(method, problem)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_a_factor_of_another_shape(problem: Problem, method: str) -> None:
+    group, key = FACTOR_OF[method]
+    getattr(problem.factors[1], group)[key] = torch.eye(9, dtype=torch.float64)
+    message = (
+        r"of 'first.weight' has shape \(9, 9\), its parameter \(4, 5\) needs .* of another arch"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_method(method, problem)
+
+
+def test_factors_of_what_is_no_matrix(problem: Problem) -> None:
+    for theta in problem.thetas:
+        theta["first.weight"] = theta["first.weight"].view(4, 5, 1)
+    message = r"'first.weight' has the statistic gram, .* \(4, 5, 1\): .* another architecture"
+    with pytest.raises(ValueError, match=message):
+        run_method("regmean", problem)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_a_statistic_that_one_task_lacks(problem: Problem, method: str) -> None:
+    group, key = FACTOR_OF[method]
+    del getattr(problem.factors[1], group)[key]
+    message = r"'first.weight' has the statistic \w+ in model 0 but not in model 1: take the same"
+    with pytest.raises(ValueError, match=message):
+        run_method(method, problem)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_too_few_statistics(problem: Problem, method: str) -> None:
+    with pytest.raises(ValueError, match="2 statistics for 3 models: give one a model"):
+        run_method(method, problem, problem.statistics[:2])
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_statistics_of_other_names_or_of_another_kind(problem: Problem, method: str) -> None:
+    """They would merge to the average without a word."""
+    prefixed = replace(
+        problem,
+        thetas=[{f"backbone.{n}": t for n, t in theta.items()} for theta in problem.thetas],
+    )
+    message = (
+        r"no parameter \('backbone.first.weight' ...\) has the statistic .* is a prefix missing"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_method(method, prefixed)
+    with pytest.raises(ValueError, match="the statistics hold none of this kind"):
+        run_method(method, problem, [Statistics()] * 3)
+
+
+def test_errors_in_a_solve_name_the_parameter(problem: Problem) -> None:
+    for factors in problem.factors:
+        factors.a["second"][:] = 1.0  # of rank one
+    message = "'second.weight': .*not positive definite: raise the damping"
+    with pytest.raises(ValueError, match=f"RegMean of {message}"):
+        regmean(problem.thetas, problem.statistics, off_diagonal=1.0, damping=0.0)
+    with pytest.raises(ValueError, match=f"MaTS of {message}"):
+        mats(
+            problem.thetas,
+            problem.statistics,
+            objective="gram",
+            off_diagonal=1.0,
+            damping=0.0,
+            preconditioner_damping=0.0,
+        )
+    problem.thetas[1]["second.weight"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"MaTS of 'second\.weight': NaN or inf"):
+        mats(problem.thetas, problem.statistics, objective="kfac", preconditioner=None)

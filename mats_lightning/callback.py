@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -237,10 +238,10 @@ class MaTSStatsCallback(Callback):
         assert self._coverage is not None
         if self._restored is not None:
             self._restored = None
-            if epoch in self._captured_epochs() and not _stateful(trainer):
+            if epoch in self._captured_epochs() and not _resumes_exactly(trainer):
                 self._note(
                     f"resumed in the middle of epoch {epoch} with a data loader that is not"
-                    " stateful: some rows may count twice and others not at all"
+                    " stateful, or has no length: some rows may count twice, others not at all"
                 )
         key, start = self._first_epoch, self._first_epoch
         if key is None or start is None:
@@ -324,11 +325,6 @@ _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 def _refuse_unsupported(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raises MisconfigurationException where the statistics would be wrong."""
-    if sum(isinstance(c, MaTSStatsCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-        raise MisconfigurationException(
-            "a Trainer takes one MaTSStatsCallback, since both would write the same sidecar;"
-            " choose all statistics in one: MaTSStatsCallback(statistics=[...])"
-        )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise MisconfigurationException(
             f"MaTSStatsCallback works on a single device so far, not with"
@@ -342,10 +338,16 @@ def _refuse_unsupported(trainer: pl.Trainer, pl_module: pl.LightningModule) -> N
         )
 
 
-def _stateful(trainer: pl.Trainer) -> bool:
-    """Whether Lightning can put the training data loader back to the middle of an epoch."""
+def _resumes_exactly(trainer: pl.Trainer) -> bool:
+    """Whether Lightning can put the training data loader back to the middle of an epoch.
+
+    It must know its place; of one without a length Lightning reads a batch ahead, which is lost.
+    """
     loaders = CombinedLoader(trainer.train_dataloader).flattened
-    return all(hasattr(x, "state_dict") and hasattr(x, "load_state_dict") for x in loaders)
+    return all(
+        hasattr(x, "state_dict") and hasattr(x, "load_state_dict") and sized_len(x) is not None
+        for x in loaders
+    )
 
 
 def _follow_checkpoints(trainer: pl.Trainer, callback: MaTSStatsCallback) -> None:
@@ -365,11 +367,18 @@ def _follow_checkpoints(trainer: pl.Trainer, callback: MaTSStatsCallback) -> Non
         checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         save(checkpoint, filepath, storage_options=storage_options)
+        if "://" in str(filepath):
+            rank_zero_warn(
+                f"MaTSStatsCallback: no sidecar is written beside {filepath}: it is not a local"
+                " path; save the checkpoint into a local folder and copy both files"
+            )
+            return
         callback.save_beside(trainer, checkpoint, Path(filepath))
 
     def remove_checkpoint(filepath: str | Path) -> None:
         remove(filepath)
-        sidecar_path(filepath).unlink(missing_ok=True)
+        if "://" not in str(filepath):
+            sidecar_path(filepath).unlink(missing_ok=True)
 
     save_checkpoint.unwrapped = save  # type: ignore[attr-defined]
     remove_checkpoint.unwrapped = remove  # type: ignore[attr-defined]

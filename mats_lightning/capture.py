@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
-from mats_lightning.statistics.coverage import GRAM, KFAC, KINDS, Coverage, CoveredModule
+from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
     VectorGradients,
     add_squares_of_sum,
 )
 from mats_lightning.statistics.record import BLOCK, DIAGONAL, INPUT, INPUT_SUM, OUTPUT, Statistics
+from mats_lightning.verification import GradientCheck
 
 
 @dataclass(eq=False)
@@ -68,10 +69,11 @@ class Batch:
     backward: bool = False  # the backward pass of the batch's loss has begun
     calls: Counter[str] = field(default_factory=Counter)  # group -> forward calls before it
     arrived: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    waiting: list[Input] = field(default_factory=list)  # not all readers have their gradient yet
+    waiting: dict[Input, None] = field(default_factory=dict)  # some readers have no gradient yet
     seen: dict[tuple[Any, ...], "weakref.ref[Input]"] = field(default_factory=dict)
     gradients: int = 0
     finite: bool = True
+    check: GradientCheck | None = None  # in the first batch
 
 
 def _sharing_groups(modules: Mapping[str, CoveredModule]) -> dict[str, str]:
@@ -123,6 +125,9 @@ class Capture:
         """
         self._batch = Batch(examples, scale, None if mask is None else mask.bool(), defer)
         handles: list[RemovableHandle] = []
+        if not self.statistics.examples:
+            self._batch.check = GradientCheck(self.coverage.tensors())
+            handles += self._batch.check.handles
         try:
             for covered in self.coverage.modules.values():
                 hook = self._forward_hook(covered)
@@ -144,6 +149,8 @@ class Capture:
         """
         if self._batch is not None:
             self._batch.backward = True
+            if self._batch.check is not None:
+                self._batch.check.restart()
 
     @property
     def active(self) -> bool:
@@ -167,10 +174,12 @@ class Capture:
             return True
         for group in list(batch.arrived):
             self._add_group(batch, group)
-        for given in batch.waiting:
-            if not given.added:  # a reader's output was not used
-                self._add_input(batch, given)
+        for given in list(batch.waiting):  # an output of a reader was not used
+            self._add_input(batch, given)
         self.statistics.examples += batch.examples
+        if batch.check is not None:
+            why = "the model uses it without calling its layer, too"
+            self._drop(batch.check.differing(batch.scale), KINDS, why)
         return True
 
     # -- hooks -------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ class Capture:
                 self._add_use(batch, use, gradients)
                 use.input = use.g = None
             for parameter, parts in gradients.items():
-                self._add_gradients(parameter, parts)
+                self._add_gradients(batch, parameter, parts)
 
     def _add_use(
         self, batch: Batch, use: Use, gradients: dict[str, list[ExampleGradients]]
@@ -260,6 +269,8 @@ class Capture:
                 f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
                 " examples, so an example's gradient cannot be told apart",
             )
+            if batch.check is not None:
+                batch.check.skip(rows)
         kinds = {kind for row in rows for kind in self.coverage.rows[row].statistics}
         if not kinds:
             return
@@ -272,18 +283,24 @@ class Capture:
             if use.input.arrived == use.input.readers:
                 self._add_input(batch, use.input)
             else:
-                batch.waiting.append(use.input)
-        if not kinds & {DIAGONAL, BLOCK}:
+                batch.waiting[use.input] = None
+        if g.shape[0] != batch.examples or not (batch.check or kinds & {DIAGONAL, BLOCK}):
             return
         a = use.input.a
         a = a.to(dtype) if a.is_floating_point() else a
         for local, gradient in covered.rule(covered.module, a, g).items():
             parameter = covered.parameters.get(local)
-            if parameter and {DIAGONAL, BLOCK} & set(self.coverage.rows[parameter].statistics):
+            if parameter and self.coverage.rows[parameter].statistics:
                 gradients[parameter].append(gradient)
+        if batch.check is not None:
+            batch.check.computed_in(use.g.dtype)
 
-    def _add_gradients(self, parameter: str, parts: list[ExampleGradients]) -> None:
+    def _add_gradients(self, batch: Batch, parameter: str, parts: list[ExampleGradients]) -> None:
         row = self.coverage.rows[parameter]
+        if batch.check is not None:
+            dtype = self.coverage.dtypes[parameter]
+            zeros = torch.zeros(row.shape, dtype=dtype, device=parts[0].device)
+            batch.check.add(parameter, parts, zeros)
         vectors = [part.v for part in parts if isinstance(part, VectorGradients)]
         if len(vectors) == len(parts):  # several uses of a vector: one sum an example
             parts = [VectorGradients(torch.stack(vectors).sum(0))]
@@ -301,6 +318,7 @@ class Capture:
         """A += sum a a^T over the positions that the mask leaves, once for each group of layers
         that have had the same inputs so far."""
         given.added = True
+        batch.waiting.pop(given, None)
         groups = self._groups_of(given.arrived)
         if not groups:
             return

@@ -191,7 +191,7 @@ def _torch_load(path: Path) -> object:
             "hyper-parameters, or, if you trust the file, allow the classes with "
             "torch.serialization.add_safe_globals"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: expected a complete file of torch.save in its "
             f"zip format, found {path.stat().st_size} bytes ({_first_line(error)}). It may have "

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from mats_lightning.names import plain_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +96,26 @@ def export_huggingface(
     partial.rename(folder)
     _remove(old)
     return folder
+
+
+def backbone_prefix(task: str, module: nn.Module) -> str:
+    """Where the one transformers model inside of a task's module is: "backbone.", say.
+
+    Raises ValueError where there is none, or several.
+    """
+    from transformers import PreTrainedModel  # seconds to import: only an export needs it
+
+    found: list[str] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(child, PreTrainedModel) and not inside:
+            found.append(name)
+    if len(found) != 1:
+        raise ValueError(
+            f"task '{task}': export needs one transformers model inside of"
+            f" {type(module).__name__}, found {len(found)}"
+        )
+    return f"{plain_name(found[0])}."
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:

@@ -154,12 +154,16 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file without statistics of mats_lightning")
-    if int(metadata["format_version"]) > FORMAT_VERSION:
+    try:
+        written = int(metadata["format_version"])
+        described = json.loads(metadata["statistics"]) if written <= FORMAT_VERSION else {}
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error!r})") from error
+    if written > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {metadata['format_version']}, this mats_lightning reads"
-            f" up to {FORMAT_VERSION}: upgrade mats_lightning"
+            f"{path} has format version {written}, this mats_lightning reads up to"
+            f" {FORMAT_VERSION}: upgrade mats_lightning"
         )
-    described = json.loads(metadata["statistics"])
     if not described["examples"]:
         raise ValueError(
             f"{path} holds no examples: its checkpoint was saved before the capture window"

@@ -122,11 +122,11 @@ class Options:
 
 
 def parse_options(args: Sequence[str] | None = None) -> Options:
-    """The options from merge.yaml, each `--config` over it, `--fast` over them, and `args` over all.
+    """The options of merge.yaml, under those of each `--config`, of `--fast`, and of `args`.
 
-    What a later one says of `tasks` or `methods` replaces the whole of it: jsonargparse would mix
-    a method's grid with that of the method of the same name before it. So these are put together
-    here, and it gets one configuration to check.
+    What one of them says of `tasks` or `methods` replaces all that was said before: jsonargparse
+    would mix a method's grid with that of an earlier method of the same label. So the settings
+    are put together here, and it gets one configuration to check.
 
     Raises SystemExit with the reason when an argument does not exist or does not fit.
     """
@@ -145,12 +145,15 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
     try:
         settings: dict[str, Any] = {}
         for path in [DEFAULT, *known.config, *([FAST] if known.fast else [])]:
-            settings |= yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"{path}: expected settings by name, as in {DEFAULT}")
+            settings |= found
         for name in ("tasks", "methods"):
             if (given := getattr(known, name)) is not None:
                 settings[name] = yaml.safe_load(given)
         parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
         built = parser.instantiate(parsed)
         return Options(**{option.name: built[option.name] for option in fields(Options)})
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))

@@ -11,6 +11,7 @@ settings trains again beside the earlier one, and checkpoints of different setti
                                      result.json                   written last: it is finished
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -81,18 +82,23 @@ def train_task(options: Options, task: TaskOptions, data: TextData) -> TrainedTa
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = options.output_dir / "tasks" / f"{task.name}-{digest}"
-    checkpoint, result = folder / f"{task.name}.ckpt", folder / "result.json"
+    checkpoint = folder / f"{task.name}.ckpt"
+    result, resume = folder / "result.json", folder / "resume"
     if all(path.exists() for path in (result, checkpoint, sidecar_path(checkpoint))):
+        shutil.rmtree(resume, ignore_errors=True)  # there after a kill between the last two lines
         return TrainedTask(checkpoint, **json.loads(result.read_text()), now=False)
     if not folder.exists():
         report_changes(folder, settings)
         write_json(folder / "settings.json", settings)
     started = time.perf_counter()
-    trainer = fit(options, module, data, folder / "resume")
+    trainer = fit(options, module, data, resume)
     trainer.save_checkpoint(checkpoint, weights_only=True)
+    data.trainer = None  # which has the optimizer's state and the sums, in cycles that gc undoes
+    del trainer, module
+    gc.collect()
     seconds = round(time.perf_counter() - started, 1)
     write_json(result, {"seconds": seconds})
-    shutil.rmtree(folder / "resume")  # with the optimizer's state: twice the weights
+    shutil.rmtree(resume)  # with the optimizer's state: twice the weights
     return TrainedTask(checkpoint, seconds, now=True)
 
 

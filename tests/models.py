@@ -70,10 +70,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         h = self.norm1(x)
-        h = F.scaled_dot_product_attention(
-            *(layer(h).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)),
-            attn_mask=mask[:, None, None].bool(),
+        q, k, v = (
+            layer(h).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
+        h = F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool())
         x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
@@ -141,6 +141,30 @@ class PartlyCheckpointed(Reused):
         return classified(self.head(self.segment(x)), batch)
 
 
+class Beside(nn.Module):
+    """Two layers and a norm on one tensor, one of the layers in a checkpointed segment."""
+
+    def __init__(self, first: str, checkpointing: str | None = None) -> None:
+        super().__init__()
+        self.inner, self.outer, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+        self.norm, self.first, self.checkpointing = nn.LayerNorm(D), first, checkpointing
+
+    def segment(self, x: Tensor) -> Tensor:
+        return F.gelu(self.inner(x))
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        uses = {
+            "inner": lambda: checkpoint(self.segment, x, use_reentrant=True),
+            "outer": lambda: self.outer(x),
+        }
+        if not self.checkpointing:
+            uses["inner"] = lambda: self.segment(x)
+        normalised, h = self.norm(x), uses.pop(self.first)()  # their gradients come last
+        (other,) = uses.values()
+        return classified(self.head(normalised + h * other()), batch)
+
+
 class Tied(nn.Module):
     """A language model whose output layer is its embedding; the bias is its own."""
 
@@ -198,10 +222,15 @@ class ByKeyword(MLP):
 
 
 class Twice(MLP):
-    """A layer is called twice on the very same tensor."""
+    """A layer is called twice on the very same tensor, another one once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, 5)
 
     def forward(self, batch: Batch) -> Tensor:
-        h = self.first(batch["x"]) * torch.sigmoid(self.first(batch["x"]))
+        x = batch["x"]
+        h = self.first(x) * torch.sigmoid(self.gate(x)) + torch.tanh(self.first(x))
         return classified(self.second(h), batch)
 
 
@@ -213,12 +242,28 @@ class Hooked(MLP):
         self.first.register_forward_hook(lambda module, args, output: 2 * output + 1)
 
 
+class Functional(Tied):
+    """The output layer is the embedding's weight, used without a call of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output, self.never_called = nn.Identity(), nn.Linear(D, D)  # type: ignore[assignment]
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        h = torch.tanh(self.layer(self.words(ids))) @ self.never_called.weight
+        labels = torch.where(batch["attention_mask"].bool(), ids, -100)[:, 1:]
+        logits = F.linear(h, self.words.weight)[:, :-1]
+        return F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+
+
 class Adversarial(MLP):
     """Trains on inputs moved along the gradient of the loss: a backward pass within the forward."""
 
     def forward(self, batch: Batch) -> Tensor:
         x = batch["x"].clone().requires_grad_()
-        (step,) = torch.autograd.grad(super().forward(batch | {"x": x}).sum(), x)
+        losses = super().forward(batch | {"x": x})
+        step, _ = torch.autograd.grad(losses.sum(), [x, self.first.weight])
         return super().forward(batch | {"x": x.detach() + step.sign()})
 
 
@@ -277,7 +322,11 @@ class Places(nn.Module):
 
     def __init__(self, meet: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.words, self.places, self.head = nn.Embedding(11, D), nn.Embedding(9, D), nn.Linear(D, 3)
+        self.words, self.places, self.head = (
+            nn.Embedding(11, D),
+            nn.Embedding(9, D),
+            nn.Linear(D, 3),
+        )
         self.meet = meet
 
     def forward(self, batch: Batch) -> Tensor:

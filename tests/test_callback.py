@@ -1,6 +1,5 @@
-"""The callback in real Trainers: scales, windows, checkpoints, crashes, and what it leaves alone."""
+"""The callback in real Trainers: scales, windows, checkpoints, crashes, what it leaves alone."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import MLP, Batch, Conditional, Flattened, Transformer, texts, vectors, ways
-from oracle import assert_close, expected
+from oracle import Expected, assert_close, distance, expected
 from test_capture import assert_equals, hooks, to
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +36,7 @@ QUIET: dict[str, Any] = {
 
 
 class Module(L.LightningModule):
-    """Trains a model on its mean loss. At learning rate 0 its weights stay, so the oracle applies."""
+    """Trains on the mean loss. At learning rate 0 the weights stay, so that the oracle applies."""
 
     def __init__(self, model: nn.Module, lr: float = 0.0) -> None:
         super().__init__()
@@ -76,16 +75,15 @@ def fit(
     validate: Sequence[Batch] = (),
     **options: Any,
 ) -> L.Trainer:
-    options = {"max_epochs": 1, "default_root_dir": tmp_path} | QUIET | options
-    trainer = L.Trainer(callbacks=list(callbacks), **options)
-    loaders = [loader(validate)] if validate else []
+    defaults: dict[str, Any] = {"max_epochs": 1, "default_root_dir": tmp_path}
+    trainer = L.Trainer(callbacks=list(callbacks), **(defaults | QUIET | options))
     train = loader(batches) if isinstance(batches, list) else batches
-    trainer.fit(module, train, *loaders, ckpt_path=ckpt_path)
+    trainer.fit(module, train, loader(validate) if validate else None, ckpt_path=ckpt_path)
     assert hooks(module) == 0
     return trainer
 
 
-def oracle(module: Module, batches: Sequence[Batch]) -> Any:
+def oracle(module: Module, batches: Sequence[Batch]) -> Expected:
     return expected(lambda batch: module.model(batch), batches, root=module)
 
 
@@ -106,7 +104,7 @@ def in_single(batches: Sequence[Batch]) -> list[Batch]:
 # -- the scale of the loss ---------------------------------------------------------------------
 
 UNEVEN = (4, 4, 4, 4, 2)  # the last window of an accumulation over 2 or 3 is short, the batch too
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"accumulate_grad_batches": 2},
     "clipped": {"gradient_clip_val": 1e-3},
@@ -136,12 +134,17 @@ def test_statistics_are_exact_in_single(model: Callable[[], nn.Module], tmp_path
     assert_equals(callback.statistics, oracle(module, batches), 1e-5, [])
 
 
-def largest_distance(found: Statistics, wanted: Any) -> float:
-    from oracle import distance
-
-    pairs = [(found.diagonal_fisher, wanted.diagonal_fisher), (found.gram, wanted.gram)]
-    pairs += [({m: g for m, (_, g) in found.kfac.items()}, wanted.output)]
-    return max(distance(ours[name], theirs[name]) for ours, theirs in pairs for name in theirs)
+def largest_distance(found: Statistics, wanted: Expected) -> float:
+    g = {name: g for name, (_, g) in found.kfac.items()}
+    return max(
+        distance(ours[name], theirs[name])
+        for ours, theirs in (
+            (dict(found.diagonal_fisher), wanted.diagonal_fisher),
+            (dict(found.gram), wanted.gram),
+            (g, wanted.output),
+        )
+        for name in theirs
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -157,7 +160,7 @@ def test_statistics_in_bfloat16(precision: Any, tmp_path: Path) -> None:
 
 def half_precision(scale: float = 2.0**10) -> MixedPrecision:
     """With a real gradient scaler, which Lightning does not use on a CPU by itself."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
@@ -177,9 +180,7 @@ def test_an_overflowing_batch_is_left_out_and_counted(accumulate: int, tmp_path:
 
     module, callback, plugin = Loud(MLP()), MaTSStatsCallback(), half_precision()
     batches = in_single(ways("", "loud", "", "", ""))
-    fit(
-        module, batches, tmp_path, callback, plugins=[plugin], accumulate_grad_batches=accumulate
-    )
+    fit(module, batches, tmp_path, callback, plugins=[plugin], accumulate_grad_batches=accumulate)
     quiet = [batch for batch in batches if batch["way"] != "loud"]
     assert plugin.scaler is not None and plugin.scaler.get_scale() == 2.0**9
     found = load_statistics(next(tmp_path.rglob("*.ckpt")))
@@ -211,7 +212,10 @@ class Tagger(nn.Module):
 
 def tagged() -> list[Batch]:
     return [
-        {"input_ids": b["input_ids"], "labels": torch.where(b["input_ids"] > 3, b["input_ids"], -100)}
+        {
+            "input_ids": b["input_ids"],
+            "labels": torch.where(b["input_ids"] > 3, b["input_ids"], -100),
+        }
         for b in texts(UNEVEN)
     ]
 
@@ -271,7 +275,15 @@ def test_only_training_batches_count(tmp_path: Path) -> None:
     module, callback = Module(MLP()), MaTSStatsCallback()
     batches = vectors(UNEVEN)
     options: dict[str, Any] = {"num_sanity_val_steps": 2, "val_check_interval": 2}
-    fit(module, batches, tmp_path, callback, validate=vectors(seed=9), precision="64-true", **options)
+    fit(
+        module,
+        batches,
+        tmp_path,
+        callback,
+        validate=vectors(seed=9),
+        precision="64-true",
+        **options,
+    )
     assert_equals(callback.statistics, oracle(module, batches), 1e-9, [])
 
 
@@ -290,10 +302,10 @@ def test_a_step_without_a_loss_does_not_count(tmp_path: Path) -> None:
 def test_a_batch_in_which_nothing_is_captured_is_named(tmp_path: Path) -> None:
     class Elsewhere(Module):
         def loss(self, batch: Batch) -> Tensor:
-            return self.extra.sum()
+            return self.get_parameter("extra.weight").sum()
 
     module = Elsewhere(MLP())
-    module.extra = nn.Parameter(torch.ones(2))
+    module.extra = nn.Linear(1, 1)
     with pytest.warns(UserWarning, match="no gradient came to a covered layer in a batch of epoch"):
         fit(module, vectors(), tmp_path, MaTSStatsCallback())
     with pytest.raises(ValueError, match="holds no examples"):
@@ -312,9 +324,8 @@ def test_the_window_is_the_last_epochs(kept: int, tmp_path: Path) -> None:
         alone.append(callback.statistics)
     torch.manual_seed(0)
     callback = MaTSStatsCallback(last_n_epochs=kept)
-    trainer = fit(Module(MLP(), lr=0.1), batches, tmp_path / "kept", callback, max_epochs=3)
-    assert trainer.checkpoint_callback is not None
-    found = load_statistics(trainer.checkpoint_callback.best_model_path)
+    fit(Module(MLP(), lr=0.1), batches, tmp_path / "kept", callback, max_epochs=3)
+    found = load_statistics(next((tmp_path / "kept").rglob("*.ckpt")))
     assert found.info["epochs"] == [0, 1, 2][-kept:]
     wanted = sum(alone[-kept:], Statistics())
     assert_close(found.tensors, wanted.tensors, 1e-5)
@@ -454,9 +465,12 @@ def test_a_sidecar_lies_beside_every_checkpoint_and_goes_with_it(tmp_path: Path)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     trainer.save_checkpoint(tmp_path / "after light.ckpt", weights_only=True)
     names = checkpoints(tmp_path)
-    assert names == {Path(best.best_model_path).name, "last.ckpt", "after.ckpt", "after light.ckpt"} | {
-        f"light epoch={epoch}.ckpt" for epoch in range(3)
-    }
+    assert names == {
+        Path(best.best_model_path).name,
+        "last.ckpt",
+        "after.ckpt",
+        "after light.ckpt",
+    } | {f"light epoch={epoch}.ckpt" for epoch in range(3)}
     for name in names:
         check_belongs(load_statistics(tmp_path / name), state_dict(tmp_path / name), name)
     with pytest.raises(ValueError, match="belong to other weights"):
@@ -513,6 +527,22 @@ def test_a_sidecar_says_how_it_came_about(tmp_path: Path) -> None:
     assert set(digest) == {row["name"] for row in coverage if row["statistics"]}
 
 
+def test_a_checkpoint_that_is_not_local_has_no_sidecar(tmp_path: Path) -> None:
+    """And the fit goes on."""
+    remote = ModelCheckpoint("memory://checkpoints", save_top_k=1, monitor="val_loss")
+    with pytest.warns(UserWarning, match="no sidecar is written beside memory://checkpoints/epoch"):
+        fit(
+            Module(MLP(), lr=0.1),
+            in_single(vectors()),
+            tmp_path,
+            MaTSStatsCallback(),
+            remote,
+            validate=in_single(vectors()),
+            max_epochs=3,
+        )
+    assert not list(tmp_path.iterdir()) and not Path("memory:").exists()
+
+
 def test_sums_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     class Broken(Module):
         def loss(self, batch: Batch) -> Tensor:
@@ -531,7 +561,9 @@ def test_testing_another_checkpoint_does_no_harm(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     before = load_statistics(tmp_path / "end.ckpt")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    trainer.test(module, loader(in_single(vectors())), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    trainer.test(
+        module, loader(in_single(vectors())), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False
+    )
     assert hooks(module) == 0
     assert_same(callback.statistics, before)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
@@ -579,11 +611,12 @@ class StatefulLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.place == len(self):  # Lightning does not ask for more than the last batch
+            self.epoch, self.place = self.epoch + 1, 0
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.epoch))
         while self.place < len(self):
             self.place += 1
             yield self.batches[order[self.place - 1]]
-        self.epoch, self.place = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "place": self.place}
@@ -603,7 +636,7 @@ class Crash(L.Callback):
             raise self.error("crash")
 
 
-STOPS = {
+STOPS: dict[str, tuple[int, dict[str, Any]]] = {
     "fixed, in the window": (12, {"max_epochs": 3}),
     "fixed, before the window": (2, {"max_epochs": 3}),
     "fixed, at an epoch's end": (10, {"max_epochs": 3}),
@@ -612,7 +645,9 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(stop: str, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(
+    stop: str, tmp_path: Path
+) -> None:
     step, options = STOPS[stop]
     batches = in_single(vectors(UNEVEN))
 
@@ -640,8 +675,21 @@ def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(stop: str, tmp
         assert found.info == wanted.info
 
 
-def test_an_ordinary_loader_is_warned_of(tmp_path: Path) -> None:
-    batches = in_single(vectors(UNEVEN))
+class Unsized(StatefulLoader):
+    """Lightning reads one batch ahead, so that the loader's place is not the fit's."""
+
+    def __len__(self) -> int:
+        raise TypeError
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches[self.place :]
+
+
+@pytest.mark.parametrize("make", [list, Unsized])
+def test_a_loader_that_does_not_resume_exactly_is_warned_of(
+    make: Callable[[list[Batch]], Any], tmp_path: Path
+) -> None:
+    batches = make(in_single(vectors(UNEVEN)))
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(RuntimeError, match="crash"):
         fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(), every, Crash(2))
@@ -684,7 +732,12 @@ def test_resuming_for_longer_forgets_what_is_before_the_new_window(tmp_path: Pat
 
 
 def test_resuming_with_other_statistics_is_refused(tmp_path: Path) -> None:
-    fit(Module(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback(statistics=["gram", "kfac"]))
+    fit(
+        Module(MLP()),
+        in_single(vectors()),
+        tmp_path,
+        MaTSStatsCallback(statistics=["gram", "kfac"]),
+    )
     path = next(tmp_path.rglob("*.ckpt"))
     same = MaTSStatsCallback(statistics=["kfac", "gram"])
     fit(Module(MLP()), in_single(vectors()), tmp_path, same, ckpt_path=path, max_epochs=2)
@@ -807,7 +860,7 @@ def test_one_statistic_may_be_a_string(tmp_path: Path) -> None:
 
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     callbacks = [MaTSStatsCallback(statistics=["gram"]), MaTSStatsCallback()]
-    with pytest.raises((MisconfigurationException, RuntimeError), match="one MaTSStatsCallback"):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `MaTSStats"):
         fit(Module(MLP()), in_single(vectors()), tmp_path, *callbacks)
 
 
@@ -827,7 +880,9 @@ def test_more_than_one_device_is_refused() -> None:
 
 def test_a_model_without_covered_layers_is_refused(tmp_path: Path) -> None:
     module = Module(nn.Sequential(nn.Conv1d(1, 1, 1)))
-    with pytest.raises(MisconfigurationException, match="no layer that it covers (.|\n)*Conv1d is"):
+    with pytest.raises(
+        MisconfigurationException, match=r"no layer that it covers (.|\n)*Conv1d is"
+    ):
         fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
 
 

@@ -10,10 +10,12 @@ from models import (
     MLP,
     Adversarial,
     Batch,
+    Beside,
     ByKeyword,
     Categories,
     Conditional,
     Flattened,
+    Functional,
     GradientPenalty,
     Hooked,
     PartlyCheckpointed,
@@ -82,6 +84,14 @@ CASES = {
         for model, data in ((Transformer, texts), (Reused, vectors), (PartlyCheckpointed, vectors))
         for way in ("reentrant", "non-reentrant")
     },
+    **{
+        f"beside, {first} first": Case(
+            lambda f=first: Beside(f, "reentrant"),
+            vectors(),
+            plain=lambda f=first: Beside(f),  # type: ignore[misc]
+        )
+        for first in ("inner", "outer")
+    },
 }
 
 
@@ -148,7 +158,9 @@ def test_statistics_equal_brute_force(name: str, dtype: torch.dtype) -> None:
 def test_batches_may_be_cut_in_any_way(defer: bool) -> None:
     model = Transformer().double()
     whole = texts((10,))[0]
-    parts = [{k: v[rows] for k, v in whole.items()} for rows in (slice(3), slice(3, 4), slice(4, 10))]
+    parts = [
+        {k: v[rows] for k, v in whole.items()} for rows in (slice(3), slice(3, 4), slice(4, 10))
+    ]
     found, _ = captured(model, [whole])
     capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
     for part in parts:
@@ -162,9 +174,9 @@ def test_batches_may_be_cut_in_any_way(defer: bool) -> None:
 def test_kfac_of_one_unshared_example_is_the_outer_product_of_its_gradient() -> None:
     model, batch = MLP().double(), vectors((1,))[0]
     found, _ = captured(model, [batch])
-    for name in ("first", "second"):
-        gradient = model.get_submodule(name).weight.grad.flatten()
-        a, g = found.kfac[name]
+    for name, layer in (("first", model.first), ("second", model.second)):
+        assert layer.weight.grad is not None
+        gradient, (a, g) = layer.weight.grad.flatten(), found.kfac[name]
         torch.testing.assert_close(torch.kron(g, a), torch.outer(gradient, gradient))
 
 
@@ -191,7 +203,20 @@ def test_a_subset_of_the_statistics(kinds: tuple[str, ...]) -> None:
     found, _ = captured(model, vectors(), kinds)
     prefixes = {"gram": ("A/", "a/"), "kfac": ("A/", "a/", "G/")}
     wanted = tuple(p for kind in kinds for p in prefixes.get(kind, (f"{kind}/",)))
-    assert_close(found.tensors, {k: t for k, t in whole.tensors.items() if k.startswith(wanted)}, 0.0)
+    assert_close(
+        found.tensors, {k: t for k, t in whole.tensors.items() if k.startswith(wanted)}, 0.0
+    )
+
+
+def test_sums_are_not_taken_in_16_bits() -> None:
+    """Not even where the backward pass runs under autocast as well."""
+    model, batch = MLP(), to(vectors((64,))[0], torch.float32)
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    with torch.autocast("cpu", torch.bfloat16):
+        capture_batch(capture, model, batch)
+    assert_close(
+        {"first": capture.statistics.tensors["A/first"]}, {"first": batch["x"].T @ batch["x"]}, 1e-6
+    )
 
 
 # -- what cannot be exact is named -----------------------------------------------------------
@@ -217,15 +242,17 @@ def test_positions_that_meet_the_batch_in_another_way_are_left_as_they_are(name:
     model, batch = Places(OTHER_MEETINGS[name]).double(), texts()[0]
     torch.manual_seed(3)
     loss = model(batch).mean()
-    loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
     capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
     torch.manual_seed(3)
     assert torch.equal(capture_batch(capture, model, batch), loss)
-    for n, p in model.named_parameters():
-        assert torch.equal(p.grad, gradients[n]), n
-    assert sorted(capture.statistics.diagonal_fisher) == ["head.bias", "head.weight", "words.weight"]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, gradient)
+    assert sorted(capture.statistics.diagonal_fisher) == [
+        "head.bias",
+        "head.weight",
+        "words.weight",
+    ]
     assert "1 rows for 4 examples" in capture.coverage.uncovered["places.weight"]
 
 
@@ -234,6 +261,22 @@ def test_a_gradient_of_gradients_is_named() -> None:
     reason = "the loss has a gradient in it that was taken through first"
     assert coverage.uncovered["first.weight"] == reason
     assert not any("first" in key for key in found.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_parameter_that_is_used_without_its_layer_is_named(dtype: torch.dtype) -> None:
+    found, coverage = captured(Functional().to(dtype), texts())
+    reason = "the model uses it without calling its layer, too"
+    assert coverage.uncovered == {"words.weight": reason, "never_called.weight": reason}
+    assert sorted(found.diagonal_fisher) == ["layer.bias", "layer.weight", "never_called.bias"]
+    assert list(found.kfac) == ["layer"]
+
+
+@pytest.mark.parametrize("kinds", [("gram",), ("kfac",), ("diagonal_fisher",)])
+def test_it_is_named_with_any_choice_of_statistics(kinds: tuple[str, ...]) -> None:
+    found, coverage = captured(Functional().double(), texts(), kinds)
+    assert "without calling its layer" in coverage.uncovered["never_called.weight"]
+    assert not any(key.endswith(("never_called.weight", "/never_called")) for key in found.tensors)
 
 
 def test_an_input_that_was_changed_in_place_is_named() -> None:
@@ -250,10 +293,10 @@ def test_an_input_that_was_changed_in_place_is_named() -> None:
         y.float().square().sum(-1).mean().backward()
         assert capture.finish()
     assert "changed in place" in capture.coverage.uncovered["1.weight"]
-    assert sorted(capture.statistics.tensors) == sorted(
-        ["diagonal_fisher/0.weight", "diagonal_fisher/0.bias", "block_fisher/0.bias", "A/0", "a/0"]
-        + ["G/0", "diagonal_fisher/1.bias", "block_fisher/1.bias"]
-    )
+    kept = {key for key in capture.statistics.tensors if key.startswith(("A", "a", "G"))}
+    assert kept == {"A/0", "a/0", "G/0"}
+    assert sorted(capture.statistics.diagonal_fisher) == ["0.bias", "0.weight", "1.bias"]
+    assert sorted(capture.statistics.block_fisher) == ["0.bias", "1.bias"]
 
 
 # -- batches that do not count, and what is left behind ----------------------------------------
@@ -309,9 +352,24 @@ def test_nothing_of_a_batch_stays_in_memory(model: Callable[[], nn.Module]) -> N
     gc.disable()
     try:
         captured(model().double(), batches)
-        assert not [x for x in gc.get_objects() if isinstance(x, Input)]
+        assert not [x for x in gc.get_objects() if type(x) is Input]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("make", [MLP, lambda: Sharing()], ids=["mlp", "sharing"])
+def test_what_is_added_is_let_go(make: Callable[[], nn.Module]) -> None:
+    """Not only when the batch ends: autograd lets its own copies go layer by layer."""
+    left: list[int] = []
+
+    def count(gradient: Tensor) -> None:
+        left.append(sum(type(x) is Input for x in gc.get_objects()))
+
+    model, batch = make(), to(ways("together")[0], torch.float32)
+    batch["x"].requires_grad_().register_hook(count)
+    gc.collect()
+    captured(model, [batch])
+    assert left == [0]
 
 
 # -- another implementation --------------------------------------------------------------------

@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 VECTORS = ("first.bias", "norm.weight")
 COVERED = tuple(name for name in SHAPES if name != "free")
-EXAMPLES, POSITIONS = 8, 24
+EXAMPLES, POSITIONS = 8, 32  # powers of two: divided exactly
 
 
 # -- a merge to do, and its brute force --------------------------------------------------------
@@ -250,6 +250,22 @@ def test_regmean_is_brute_force(problem: Problem, setting: dict[str, Any]) -> No
     assert_states(found, brute_force(problem, GRAM, **setting), 1e-11)
 
 
+def test_regmean_of_float32_is_solved_in_float64(problem: Problem) -> None:
+    """Gram matrices with a condition of 1e4, which the sums in float32 would spoil."""
+    q = torch.linalg.qr(problem.factors[0].a["first"]).Q
+    for i, factors in enumerate(problem.factors):
+        factors.a["first"] = (q * torch.logspace(-i, -4, 5, dtype=torch.float64)) @ q.T
+    p = problem.to(torch.float32)
+    found = regmean(p.thetas, p.statistics, off_diagonal=1.0, damping=0.0)
+    # the same numbers as they were given: rounded to float32
+    rounded = Problem(
+        [cast(theta, torch.float64) for theta in p.thetas],
+        [factors.map(Tensor.double) for factors in p.factors],
+        p.pretrained,
+    )
+    assert_states(found, brute_force(rounded, GRAM), 1e-6)
+
+
 @pytest.mark.parametrize("preconditioner", ["kronecker", None])
 @pytest.mark.parametrize("objective", ["gram", "kfac"])
 @pytest.mark.parametrize("setting", FACTOR_SETTINGS, ids=str)
@@ -451,9 +467,11 @@ def test_only_the_weights_proportions_matter(problem: Problem, merge: Merge) -> 
 @every_method
 def test_inputs_are_left_alone_and_not_shared(problem: Problem, merge: Merge) -> None:
     before = make_problem()
+    for state in (*problem.thetas, problem.pretrained, *before.thetas, before.pretrained):
+        state["ids"] = torch.arange(5)
     merged = merge(problem)
     for tensor in merged.values():
-        tensor.fill_(7.0)
+        tensor.fill_(7)
     for found, expected in zip(
         [*problem.thetas, problem.pretrained], [*before.thetas, before.pretrained], strict=True
     ):

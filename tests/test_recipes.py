@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -364,13 +367,31 @@ def test_the_whole_comparison(
     ]
     assert AutoModel.from_pretrained(out / "merged").config.hidden_size == 32
     assert not list(out.glob("tasks/*/resume"))
+    tasks = [path.name for path in (out / "tasks").iterdir()]
     printed = capsys.readouterr().out
     assert "individual" in printed and "relative" in printed
 
-    # a second run keeps the fine-tunes and gives the same table
+    # a second run keeps the fine-tunes and gives the same scores
     monkeypatch.setattr(train_tasks, "fit", None)
-    again = merge.main(arguments)
-    assert [outcome.scores for outcome in again] == [outcome.scores for outcome in outcomes]
+    again = merge.main([*arguments, "--methods", "{RegMean: {method: regmean}}"])
+    assert [outcome.label for outcome in again] == ["individual", "RegMean"]
+    assert again[0].scores == rows["individual"].scores
+    assert [path.name for path in (out / "tasks").iterdir()] == tasks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [[], ["-m", "mats_lightning", "run"]])
+def test_merge_runs_as_a_script(tmp_path: Path, before: list[str]) -> None:
+    script = Path(merge.__file__).resolve()
+    done = subprocess.run(
+        [sys.executable, *before, str(script), "--fast", "--print_config"],
+        env={**os.environ, "PYTHONPATH": str(script.parent.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["train_rows"] == 256
 
 
 def one_task(arguments: list[str]) -> tuple[Options, TaskOptions, TextData]:
@@ -422,7 +443,7 @@ def test_a_kill_after_the_last_epoch_loses_nothing(
 ) -> None:
     options, task, data = one_task(configuration(tmp_path, bert, epochs=1))
     with monkeypatch.context() as patch:
-        patch.setattr(train_tasks.shutil, "rmtree", lambda folder: None)
+        patch.setattr(train_tasks.shutil, "rmtree", lambda *args, **kwargs: None)
         first = train_tasks.train_task(options, task, data)
     statistics, weights = load_statistics(first.checkpoint), torch.load(first.checkpoint)
     for path in first.checkpoint.parent.glob("*.*"):
@@ -506,6 +527,16 @@ def test_the_default_and_the_fast_configuration() -> None:
     }
 
 
+def test_a_later_configuration_replaces_tasks_and_methods_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("methods: {RegMean: {method: regmean, options: {off_diagonal: 0.5}}}")
+    options = parse_options(["--config", str(path)])
+    assert options.methods == {"RegMean": MethodOptions("regmean", {"off_diagonal": 0.5})}
+    fast = parse_options(["--config", str(path), "--fast", "--tasks", "[trec, sms]"])
+    assert fast.methods["TIES"] == MethodOptions("ties", {"density": 0.2, "scale": 1.0})
+    assert fast.task_list == [TaskOptions("trec"), TaskOptions("sms")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -515,6 +546,8 @@ def test_the_default_and_the_fast_configuration() -> None:
         (["--tasks", "[trec, {name: a/b, hub: {dataset: x}}]"], "must name a folder"),
         (["--epochs", "0"], "epochs must be 1 or more"),
         (["--learning_rte", "1"], "unrecognized arguments: --learning_rte"),
+        (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--methods", "{A: {method: regmean, options: 3}}"], "Expected a <class 'dict'>"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(

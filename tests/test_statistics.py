@@ -168,7 +168,11 @@ FORMS = {"matrix": matrix, "lookup": lookup, "vector": vector}
 SIZES = st.tuples(*[st.integers(1, 5)] * 4)
 
 
-@given(sizes=SIZES, seed=st.integers(0, 99), forms=st.lists(st.sampled_from(list(FORMS)), min_size=1, max_size=3))
+@given(
+    sizes=SIZES,
+    seed=st.integers(0, 99),
+    forms=st.lists(st.sampled_from(list(FORMS)), min_size=1, max_size=3),
+)
 @settings(max_examples=60, deadline=None)
 def test_squares_of_sums_equal_the_dense_ones(
     sizes: tuple[int, int, int, int], seed: int, forms: list[str]
@@ -288,8 +292,8 @@ def test_every_trainable_parameter_has_a_row(name: str) -> None:
 def test_what_is_covered_by_which_statistic() -> None:
     model = Transformer()
     model.words.weight.requires_grad_(False)
-    model.blocks[0].q.weight.requires_grad_(False)
-    model.blocks[1].norm1 = Plain(D, D)  # type: ignore[assignment]
+    model.get_parameter("blocks.0.q.weight").requires_grad_(False)
+    model.blocks[1].norm1 = Plain(D, D)
     coverage = find_coverage(model, KINDS, 8192)
     found = {name: row.statistics for name, row in coverage.rows.items()}
     assert "words.weight" not in found and "blocks.0.q.weight" not in found
@@ -367,7 +371,7 @@ def test_memory_of_shared_inputs_is_less_than_announced() -> None:
 
 def test_what_no_gradient_reached_is_named() -> None:
     model = Reused()
-    model.extra, model.spare = nn.Linear(D, D), nn.LayerNorm(D)  # type: ignore[assignment]
+    model.extra, model.spare = nn.Linear(D, D), nn.LayerNorm(D)
     found, coverage = captured(model.double(), vectors())
     rows = {row["name"]: row for row in coverage.table(found)}
     reason = "no gradient reached it in the captured batches"

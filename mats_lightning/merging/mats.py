@@ -108,7 +108,7 @@ def mats(
     off_diagonal: float = 1.0,
     damping: float = 0.0,
     floor: float = 1e-8,
-    normalize: bool = False,
+    normalize: bool = True,
     tolerance: float = 1e-6,
     weights: Sequence[float] | None = None,
     uncovered: str = "average",
@@ -131,7 +131,8 @@ def mats(
         off_diagonal: scales the off-diagonal of A, G and block Fishers (the paper's lambda).
         damping: C_i + damping (mean eigenvalue of C_i) I, on both sides of the equation.
         floor: the least value of a diagonal Fisher.
-        normalize: each C_i divided by its mean eigenvalue, a block at a time.
+        normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
+            model fits its rows too well to have much curvature counts too; the paper does not.
         tolerance: a block whose relative residual is below it is done.
         weights: a number a task.
         uncovered: parameters without a statistic: "average", "pretrained" or "error".

@@ -44,7 +44,7 @@ def ties(
         sign = sum((wi * tau for wi, tau in zip(w, trimmed, strict=True)), zero).sign()
         total, agreeing = zero.clone(), zero.clone()
         for tau, weight in zip(trimmed, w, strict=True):
-            agrees = (tau.sign() == sign) & (tau != 0)
+            agrees = tau.sign() == sign
             total.add_(torch.where(agrees, tau, 0), alpha=weight)
             agreeing.add_(agrees, alpha=weight)
         tau = torch.where(agreeing > 0, total / agreeing, 0)

@@ -73,6 +73,15 @@ class Coverage:
             total += elements * self.dtypes[name].itemsize
         return total
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters that have a statistic, by name."""
+        return {
+            parameter: getattr(covered.module, local)
+            for covered in self.modules.values()
+            for local, parameter in covered.parameters.items()
+            if self.rows[parameter].statistics
+        }
+
     def allocate(self, statistics: Statistics) -> None:
         """Zeros for every sum that is not there yet, but for A, which layers may share.
 
@@ -200,9 +209,7 @@ def find_coverage(model: nn.Module, kinds: Iterable[str], max_factor_size: int) 
                 dtypes[full] = sum_dtype(parameter)
             if not callable(rule):
                 kinds_known = ", ".join(kind.__name__ for kind in RULES)
-                rows[full].drop(
-                    KINDS, rule or f"{type(module).__name__} is none of {kinds_known}"
-                )
+                rows[full].drop(KINDS, rule or f"{type(module).__name__} is none of {kinds_known}")
                 continue
             if local not in PARAMETERS:
                 rows[full].drop(

@@ -42,9 +42,7 @@ def embedding(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradi
     """s = W[id]: row id of grad W receives g."""
     assert isinstance(module, nn.Embedding)
     ids = a.reshape(a.shape[0], -1).expand(g.shape[0], -1)  # one row of positions for all
-    return {
-        "weight": LookupGradients(ids, positions_last(g, g.shape[-1]), module.padding_idx)
-    }
+    return {"weight": LookupGradients(ids, positions_last(g, g.shape[-1]), module.padding_idx)}
 
 
 PARAMETERS = ("weight", "bias")  # what a rule gives; other names come from weight_norm and such

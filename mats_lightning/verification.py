@@ -1,0 +1,73 @@
+"""A check of the capture on the model at hand: do the examples' gradients add up to the batch's?
+
+They do not where a model uses a parameter without calling its layer, as `F.linear(h, emb.weight)`
+does: nothing but the gradient itself shows it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from mats_lightning.statistics.gradients import ExampleGradients
+
+
+class GradientCheck:
+    """Compares, over one backward pass, the captured gradients of parameters with autograd's."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._captured: dict[str, Tensor] = {}
+        self._autograd: dict[str, Tensor] = {}
+        self._skipped: set[str] = set()
+        self._eps = 0.0  # of the coarsest numbers in which a gradient was computed
+        self.handles = [self._watch(name, parameter) for name, parameter in parameters.items()]
+
+    def _watch(self, name: str, parameter: Tensor) -> RemovableHandle:
+        def receive(gradient: Tensor) -> None:
+            """More than once, where re-entrant checkpointing goes back a segment at a time."""
+            gradient = gradient.detach().to_dense()
+            before = self._autograd.get(name)
+            self._autograd[name] = gradient.clone() if before is None else before + gradient
+
+        return parameter.register_hook(receive)
+
+    def restart(self) -> None:
+        """Forget what came before the backward pass of the batch's own loss."""
+        self._autograd.clear()
+
+    def skip(self, names: Iterable[str]) -> None:
+        self._skipped.update(names)
+
+    def computed_in(self, dtype: torch.dtype) -> None:
+        self._eps = max(self._eps, torch.finfo(dtype).eps)
+
+    def add(self, name: str, parts: Iterable[ExampleGradients], zeros: Tensor) -> None:
+        """The examples' gradients of a parameter, of all its uses or some of them."""
+        total = self._captured.setdefault(name, zeros)
+        for part in parts:
+            for n in range(part.examples):
+                part.add_example(n, total)
+
+    def differing(self, scale: float) -> list[str]:
+        """The parameters whose gradient, times `scale`, is not the sum of the examples'.
+
+        By more than rounding: of the gradient itself, and of the largest one, beside which a
+        gradient may be nothing but rounding.
+        """
+        largest = max((float(g.norm()) * scale for g in self._autograd.values()), default=0.0)
+        names = []
+        for name, gradient in self._autograd.items():
+            if name in self._skipped:
+                continue
+            captured = self._captured.get(name)
+            if captured is None:
+                wrong = bool(gradient.any())
+            else:
+                error = float((captured - gradient.to(captured) * scale).norm())
+                size = max(float(captured.norm()), float(gradient.norm()) * scale)
+                wrong = error > max(0.01, 32 * self._eps) * size
+                wrong &= error > 16 * self._eps * largest
+            if wrong:
+                names.append(name)
+        return names

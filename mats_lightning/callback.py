@@ -52,6 +52,10 @@ class MaTSStatsCallback(Callback):
     the end is not known beforehand (early stopping, `max_steps`, `max_time`) or a checkpoint is
     chosen by a monitored value, every epoch is captured and the last ones are kept.
 
+    The loss is a sum or mean of its examples' own losses, and the first axis of what a layer is
+    given is the examples'. Where the callback sees that a layer's statistics would be wrong, it
+    leaves them out and the sidecar's coverage says why.
+
     Arguments:
         last_n_epochs: epochs to keep.
         statistics: any of "diagonal_fisher", "gram", "kfac", "block_fisher".

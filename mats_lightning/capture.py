@@ -27,7 +27,8 @@ from mats_lightning.statistics.gradients import (
     VectorGradients,
     add_squares_of_sum,
 )
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, INPUT, INPUT_SUM, OUTPUT, Statistics
+from mats_lightning.statistics.inputs import add_input
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, OUTPUT, Statistics
 from mats_lightning.verification import GradientCheck
 
 
@@ -315,44 +316,15 @@ class Capture:
         self._tensors[f"{OUTPUT}/{use.module}"].addmm_(g.T, g)
 
     def _add_input(self, batch: Batch, given: Input) -> None:
-        """A += sum a a^T over the positions that the mask leaves, once for each group of layers
-        that have had the same inputs so far."""
+        """A += sum a a^T over the positions that the mask leaves, for those whose g came back."""
         given.added = True
         batch.waiting.pop(given, None)
-        groups = self._groups_of(given.arrived)
-        if not groups:
-            return
-        weight = self.coverage.modules[groups[0]].parameters["weight"]
-        with _plain_arithmetic(given.a):
-            a = _kept(given.a.to(self.coverage.dtypes[weight]), batch.mask)
-            d = a.shape[-1]
-            for group in groups:
-                if f"{INPUT}/{group}" not in self._tensors:
-                    self._tensors[f"{INPUT}/{group}"] = a.new_zeros(d, d)
-                    self._tensors[f"{INPUT_SUM}/{group}"] = a.new_zeros(d)
-                self._tensors[f"{INPUT}/{group}"].addmm_(a.T, a)
-                self._tensors[f"{INPUT_SUM}/{group}"].add_(a.sum(0))
-                self.statistics.group_positions[group] += len(a)
-
-    def _groups_of(self, modules: set[str]) -> list[str]:
-        """The groups that these modules make up; groups that go beyond them are split first,
-        with a copy of their sums, so that what is stored is exact for each module."""
-        inputs, positions = self.statistics.inputs, self.statistics.group_positions
-        modules = {m for m in inputs if m in modules}  # without those that were dropped
-        fresh = [m for m in inputs if m in modules and f"{INPUT}/{inputs[m]}" not in self._tensors]
-        for module in fresh[1:]:  # each a group of its own so far
-            del positions[inputs[module]]
-            inputs[module] = inputs[fresh[0]]
-        for group in dict.fromkeys(inputs[m] for m in inputs if m in modules):
-            members = [m for m, g in inputs.items() if g == group]
-            leaving = [m for m in members if (m in modules) != (members[0] in modules)]
-            if leaving:
-                new = leaving[0]
-                inputs.update({m: new for m in leaving})
-                positions[new] = positions[group]
-                for kind in (INPUT, INPUT_SUM):
-                    self._tensors[f"{kind}/{new}"] = self._tensors[f"{kind}/{group}"].clone()
-        return list(dict.fromkeys(inputs[m] for m in inputs if m in modules))
+        modules = [m for m in self.statistics.inputs if m in given.arrived]
+        if modules:
+            weight = self.coverage.modules[modules[0]].parameters["weight"]
+            with _plain_arithmetic(given.a):
+                a = _kept(given.a.to(self.coverage.dtypes[weight]), batch.mask)
+                add_input(self.statistics, modules, a)
 
     def _rows(self, module: str) -> list[str]:
         return list(self.coverage.modules[module].parameters.values())

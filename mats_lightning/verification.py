@@ -26,11 +26,13 @@ class GradientCheck:
     def _watch(self, name: str, parameter: Tensor) -> RemovableHandle:
         def receive(gradient: Tensor) -> None:
             """More than once, where re-entrant checkpointing goes back a segment at a time."""
-            gradient = gradient.detach().to_dense()
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            gradient = gradient.detach().to_dense().to(wide, copy=True)
             before = self._autograd.get(name)
-            self._autograd[name] = gradient.clone() if before is None else before + gradient
+            self._autograd[name] = gradient if before is None else before + gradient
 
-        return parameter.register_hook(receive)
+        handle: RemovableHandle = parameter.register_hook(receive)
+        return handle
 
     def restart(self) -> None:
         """Forget what came before the backward pass of the batch's own loss."""
@@ -64,7 +66,7 @@ class GradientCheck:
             if captured is None:
                 wrong = bool(gradient.any())
             else:
-                error = float((captured - gradient.to(captured) * scale).norm())
+                error = float((captured - gradient * scale).norm())
                 size = max(float(captured.norm()), float(gradient.norm()) * scale)
                 wrong = error > max(0.01, 32 * self._eps) * size
                 wrong &= error > 16 * self._eps * largest

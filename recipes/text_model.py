@@ -125,6 +125,7 @@ def load_backbone(name: str) -> PreTrainedModel:
             "random"
         )
     model: PreTrainedModel = backbone.float().train()
+    model.config.name_or_path = name  # not the folder in this machine's cache
     return model
 
 

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -78,17 +79,15 @@ CASES = {
     "hooked": Case(Hooked, vectors()),
     "adversarial": Case(Adversarial, vectors()),
     "categories": Case(Categories, vectors(), without_factors=["layer"]),
-    **{f"places: {k}": Case(lambda f=f: Places(f), texts()) for k, f in MEETINGS.items()},  # type: ignore[misc]
+    **{f"places: {how}": Case(partial(Places, meet), texts()) for how, meet in MEETINGS.items()},
     **{
-        f"{model.__name__}, {way}": Case(lambda m=model, w=way: m(w), data(), plain=model)  # type: ignore[misc]
+        f"{model.__name__}, {way}": Case(partial(model, way), data(), plain=model)
         for model, data in ((Transformer, texts), (Reused, vectors), (PartlyCheckpointed, vectors))
         for way in ("reentrant", "non-reentrant")
     },
     **{
         f"beside, {first} first": Case(
-            lambda f=first: Beside(f, "reentrant"),
-            vectors(),
-            plain=lambda f=first: Beside(f),  # type: ignore[misc]
+            partial(Beside, first, "reentrant"), vectors(), plain=partial(Beside, first)
         )
         for first in ("inner", "outer")
     },

@@ -19,6 +19,7 @@ from mats_lightning.statistics.gradients import (
     MatrixGradients,
     VectorGradients,
 )
+from mats_lightning.statistics.inputs import add_input
 
 # -- the record ------------------------------------------------------------------------------
 
@@ -106,6 +107,16 @@ def test_a_sum_shares_what_both_parts_share() -> None:
     assert (without + without).positions.keys() == {"q", "k", "head"}
 
 
+def test_a_sum_tells_of_both_parts() -> None:
+    common = {"digest": {"p": "1"}, "kinds": ["gram"]}
+    first = Statistics({}, 1, info=common | {"epochs": [1], "notes": ["a"], "skipped_batches": 2})
+    second = Statistics({}, 1, info=common | {"epochs": [1, 2], "notes": [], "skipped_batches": 3})
+    wanted = common | {"epochs": [1, 2], "notes": ["a"], "skipped_batches": 5}
+    assert (first + second).info == wanted
+    assert first.info["skipped_batches"] == 2
+    assert (first + Statistics({}, 1)).info == first.info
+
+
 def test_adding_leaves_both_parts_as_they_were() -> None:
     model = MLP().double()
     first, second = (captured(model, [batch])[0] for batch in vectors((3, 2)))
@@ -134,6 +145,31 @@ def test_adding_another_size_is_refused() -> None:
     coverage.allocate(smaller)
     with pytest.raises(ValueError, match=r"'G/second' has shape \(3, 3\) in one and \(1, 1\)"):
         found + smaller
+
+
+EVENTS = st.lists(st.tuples(st.sets(st.sampled_from("qkvw"), min_size=1), st.integers(0, 3)))
+
+
+@given(events=EVENTS)
+@settings(max_examples=100, deadline=None)
+def test_shared_inputs_are_exact_for_each_module(events: list[tuple[set[str], int]]) -> None:
+    """Whatever shares an input when; no position at all is possible too, where all are masked."""
+    found = Statistics({}, 1, dict.fromkeys("qkvw", 0), {m: m for m in "qkvw"})
+    sums = {m: torch.zeros(2, 2, dtype=torch.float64) for m in "qkvw"}
+    positions = dict.fromkeys("qkvw", 0)
+    for seed, (modules, count) in enumerate(events):
+        a = draw(seed, count, 2)
+        add_input(found, sorted(modules), a)
+        for module in modules:
+            sums[module] += a.T @ a
+            positions[module] += count
+    assert found.positions == {m: n for m, n in positions.items() if n}
+    for module, gram in found.gram.items():
+        torch.testing.assert_close(gram, sums[module] / positions[module])
+    histories = {m: tuple(i for i, (s, _) in enumerate(events) if m in s) for m in "qkvw"}
+    stored = sum(key.startswith("A/") for key in found.tensors)
+    assert stored == len(set(histories.values()) - {()})
+    assert set(found.group_positions) == set(found.inputs.values())
 
 
 # -- forms of gradients ------------------------------------------------------------------------

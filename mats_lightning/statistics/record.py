@@ -128,7 +128,18 @@ class Statistics:
                 key = f"{kind}/{module}"
                 tensors[key] = _sum(key, *(s.tensors[f"{kind}/{group}"] for s, group in seen))
         examples = self.examples + other.examples
-        return Statistics(tensors, examples, positions, inputs, dict(self.info))
+        return Statistics(tensors, examples, positions, inputs, _joined(self.info, other.info))
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What is counted or listed is of both; the rest (digest, versions) is of the first."""
+    info = {**second, **first}
+    for name in {"epochs", "notes"} & set(info):
+        both = [*first.get(name, ()), *second.get(name, ())]
+        info[name] = list(dict.fromkeys(both))
+    if "skipped_batches" in info:
+        info["skipped_batches"] = sum(x.get("skipped_batches", 0) for x in (first, second))
+    return info
 
 
 def _sum(key: str, first: Tensor, *rest: Tensor) -> Tensor:

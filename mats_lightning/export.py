@@ -1,5 +1,6 @@
 """The merged model as a Hugging Face folder, with the tasks' heads and a card of the merge."""
 
+import inspect
 import json
 import os
 import re
@@ -87,6 +88,9 @@ def export_huggingface(
             tokenizer.save_pretrained(partial)
         _save_heads(partial / HEADS, heads)
         readme.save(partial / README)
+        mode = (partial / README).stat().st_mode
+        for file in partial.rglob("*.safetensors"):
+            file.chmod(mode)  # safetensors makes its files readable for their owner alone
     except BaseException:
         _remove(partial)
         raise
@@ -271,7 +275,10 @@ def _snippet(
     # AutoModel loads the model without a head; one with a head is loaded by its own class
     loader = "AutoModel" if model.base_model is model else type(model).__name__
     imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
-    lines = ['folder = "."', f"model = {loader}.from_pretrained(folder)"]
+    parameters = inspect.signature(type(model)).parameters
+    no_pooler = getattr(model, "pooler", model) is None and "add_pooling_layer" in parameters
+    options = ", add_pooling_layer=False" if no_pooler else ""  # or it would start at random
+    lines = ['folder = "."', f"model = {loader}.from_pretrained(folder{options})"]
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     if heads:

@@ -14,6 +14,7 @@ from packages import model_path
 from text_tasks import TASKS, read_task
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from typing_extensions import override
 
 __all__ = ["HubDataset", "TextData", "carve", "distinct"]
@@ -148,15 +149,19 @@ class TextData(L.LightningDataModule):
         return Dataset.from_dict({**columns, "labels": list(rows["label"])})
 
     def _loader(self, name: str) -> DataLoader[Any]:
+        """Rows of like length share a batch, which needs less padding."""
         rows = self._encoded[name]
-        if name != "train":  # rows of like length need less padding; metrics ignore the order
-            lengths = [len(tokens) for tokens in rows["input_ids"]]
+        lengths = [len(tokens) for tokens in rows["input_ids"]]
+        sampler = None
+        if name == "train":  # in a new random order each epoch
+            sampler = LengthGroupedSampler(self.batch_size, lengths=lengths)
+        else:  # metrics ignore the order
             rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
         collate = DataCollatorWithPadding(self.tokenizer)
         return DataLoader(
             rows,
             batch_size=self.batch_size,
-            shuffle=name == "train",
+            sampler=sampler,
             collate_fn=lambda batch: dict(collate(batch)),
         )
 

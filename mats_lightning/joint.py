@@ -79,17 +79,22 @@ class JointMerge:
         self._merged = merged
         self.use(max(self.counts))
 
-    def use(self, iterations: int) -> None:
-        """Switch to the state after this number of CG iterations.
+    def use(self, iterations: int, only: bool = False) -> None:
+        """Switch to the state after this number of CG iterations; `only` lets go of the others.
 
-        Raises ValueError for a number that `iterations` did not list.
+        Raises ValueError for a number that `iterations` did not list, or that was let go of.
         """
-        if iterations not in self.counts:
+        assert self._merged is not None
+        there = set(self.counts).intersection(*self._merged.values())
+        if iterations not in there:
             raise ValueError(
                 f"there is no state after {iterations} iterations; options['iterations'] gave"
-                f" {sorted(self.counts)}"
+                f" {sorted(self.counts)}, and {sorted(there)} are kept"
             )
         self.in_use = iterations
+        if only:
+            for part, states in self._merged.items():
+                self._merged[part] = {iterations: states[iterations]}
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""

@@ -99,13 +99,15 @@ class MergeModule(pl.LightningModule):
                     f"{', ...' if len(names) > 4 else ''}"
                 )
 
-    def use(self, iterations: int) -> None:
+    def use(self, iterations: int, only: bool = False) -> None:
         """Put the state after this number of CG iterations in place.
 
-        Raises ValueError for a number that `iterations` did not list.
+        Each state takes as much memory as the model: `only` lets go of the others.
+
+        Raises ValueError for a number that `iterations` did not list, or that was let go of.
         """
         self.merge()
-        self._joint.use(iterations)
+        self._joint.use(iterations, only)
         self._put_in_place()
 
     def _put_in_place(self) -> None:

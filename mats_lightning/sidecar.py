@@ -238,17 +238,14 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
 
 def _pack(matrix: Tensor) -> Tensor:
     """(d, d) symmetric -> (d (d + 1) / 2,), the upper triangle row by row."""
-    d = matrix.shape[0]
-    return torch.cat([matrix[i, i:] for i in range(d)])
+    return matrix[_upper(len(matrix), matrix.device)]
 
 
 def _unpack(packed: Tensor) -> Tensor:
     d = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
-    matrix = packed.new_empty(d, d)
-    start = 0
-    for i in range(d):
-        row = packed[start : start + d - i]
-        matrix[i, i:] = row
-        matrix[i:, i] = row
-        start += d - i
-    return matrix
+    upper = packed.new_zeros(d, d).masked_scatter_(_upper(d, packed.device), packed)
+    return upper + upper.triu(1).T
+
+
+def _upper(d: int, device: torch.device) -> Tensor:
+    return torch.ones(d, d, dtype=torch.bool, device=device).triu_()

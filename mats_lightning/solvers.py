@@ -83,14 +83,7 @@ def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
 
     Raises ValueError when M + damping I is not positive definite.
     """
-    damped = matrix.to(torch.float64, copy=True)
-    damped.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        raise ValueError(
-            f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
-            " raise the damping, or scale the off-diagonal below 1"
-        )
+    factor = _cholesky(matrix, damping)
 
     def apply(r: Tensor) -> Tensor:
         rows = r.double().reshape(-1, len(matrix))
@@ -100,27 +93,27 @@ def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
     return apply
 
 
-def kronecker_inverse(a: Tensor, g: Tensor, damping: float) -> Function:
-    """R (d_out, d_in) -> the X with G X A + damping X = R, by two eigen-decompositions.
+def kronecker_inverse(a: Tensor, g: Tensor, damping_a: float, damping_g: float) -> Function:
+    """R (d_out, d_in) -> (G + damping_g I)^-1 R (A + damping_a I)^-1.
 
-    A (d_in, d_in) and G (d_out, d_out) symmetric positive semi-definite; decomposed in float64,
-    negative rounding clamped at 0, applied in the dtype of A.
+    A (d_in, d_in) and G (d_out, d_out) symmetric. The inverses are taken in float64 and applied in
+    the dtype of A: two products each time.
 
-    Raises ValueError when G x A is singular and there is no damping.
+    Raises ValueError when a damped factor is not positive definite.
     """
-    eigenvalues_a, q_a = torch.linalg.eigh(a.double())
-    eigenvalues_g, q_g = torch.linalg.eigh(g.double())
-    products = torch.outer(eigenvalues_g.clamp(min=0), eigenvalues_a.clamp(min=0))
-    if not bool((products + damping > 0).all()):
+    inverse_a = torch.cholesky_inverse(_cholesky(a, damping_a)).to(a.dtype)
+    inverse_g = torch.cholesky_inverse(_cholesky(g, damping_g)).to(a.dtype)
+    return lambda r: inverse_g @ (r @ inverse_a)
+
+
+def _cholesky(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping)
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
         raise ValueError(
-            f"the Kronecker product of {tuple(g.shape)} and {tuple(a.shape)} factors is singular"
-            f" with damping {damping:.1e}: raise the damping"
+            f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
+            " raise the damping, or scale the off-diagonal below 1"
         )
-    inverse = 1 / (products + damping)
-    qa, qg, inverse = q_a.to(a.dtype), q_g.to(a.dtype), inverse.to(a.dtype)
-
-    def apply(r: Tensor) -> Tensor:
-        solved: Tensor = qg @ ((qg.T @ r @ qa) * inverse) @ qa.T
-        return solved
-
-    return apply
+    return factor

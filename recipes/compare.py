@@ -1,5 +1,6 @@
 """Merge by every method, choose its settings on validation rows, and test what was chosen."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One point of a method's grid, on the validation slices."""
+    """One point of a method's grid, on the validation slices; references have no scores there."""
 
     settings: dict[str, Any]
     scores: dict[str, float]
@@ -39,7 +40,7 @@ class Attempt:
 
     @property
     def average(self) -> float:
-        return mean(self.scores.values())
+        return mean(self.scores.values()) if self.scores else math.nan
 
     @property
     def iterations(self) -> int:
@@ -70,9 +71,12 @@ class Outcome:
     @property
     def line(self) -> str:
         points, seconds = len(self.attempts), self.merge_seconds
+        line = f"{self.label}: {mean(self.scores.values()):.3f} on test"
+        if self.method in REFERENCES:
+            return line
         return (
-            f"{self.label}: {mean(self.scores.values()):.3f} on test, {self.chosen.average:.3f} on "
-            f"validation (the best of {points}), {seconds:.0f} s of merging"
+            f"{line}, {self.chosen.average:.3f} on validation (the best of {points}), "
+            f"{seconds:.0f} s of merging"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -80,7 +84,7 @@ class Outcome:
             "label": self.label,
             "method": self.method,
             "settings": self.chosen.settings,
-            "validation_average": self.chosen.average,
+            "validation_average": self.chosen.average if self.chosen.scores else None,
             "test_average": mean(self.scores.values()),
             "test_scores": self.scores,
             "merge_seconds": self.merge_seconds,
@@ -93,7 +97,8 @@ class Comparison:
     """Runs the methods one after the other over the same tasks, with one trainer for all.
 
     Merges are dropped as soon as a better one is known: the best of all (`best`), the best of the
-    method at work and the newest are in memory, no others.
+    method at work and the newest are in memory, no others, and but for the newest one state of
+    each.
 
     Args:
         tasks: the fine-tuned tasks; all evaluations share their data.
@@ -127,7 +132,11 @@ class Comparison:
         """The outcomes of the individual models, then of each method under its label."""
         methods = {"individual": MethodOptions("individual"), **methods}
         # a step is a merge, a point of a grid on validation, or a method on test
-        steps = sum(1 + len(counts) for m in methods.values() for _, counts in m.merges())
+        steps = sum(
+            1 + len(counts) * (m.method not in REFERENCES)
+            for m in methods.values()
+            for _, counts in m.merges()
+        )
         outcomes = []
         with Progress(
             SpinnerColumn(),
@@ -146,27 +155,23 @@ class Comparison:
 
     def _compare(self, label: str, method: MethodOptions) -> Outcome:
         attempts: list[Attempt] = []
-        kept: tuple[Attempt, MergeModule] | None = None
+        kept: tuple[Attempt, MergeModule, Mapping[str, Any]] | None = None
         merge_seconds = 0.0
         for options, counts in method.merges():
             module = self._module(method.method, options)
             device = self.trainer.strategy.root_device
             _, seconds = self._step(f"{label}: merge", module.merge, device, False)
             merge_seconds += seconds
-            for count in counts:
-                settings = {**options, "iterations": count} if count else options
-                module.use(count)
-                scores, seconds = self._step(
-                    f"{label}: validation", evaluate, module, self.trainer.validate
-                )
-                attempts.append(Attempt(settings, scores, seconds))
-                if kept is None or attempts[-1].average > kept[0].average:
-                    kept = attempts[-1], module
+            tried = [self._attempt(label, method, module, options, count) for count in counts]
+            attempts += tried
+            best = max(tried, key=lambda attempt: attempt.average)
+            if kept is None or best.average > kept[0].average:
+                module.use(max(counts))
+                kept = best, module, module.blocks
+                module.use(best.iterations, only=True)
         assert kept is not None
-        chosen, module = kept
-        module.use(max(counts))
-        blocks = module.blocks
-        module.use(chosen.iterations)
+        chosen, module, blocks = kept
+        module.use(chosen.iterations)  # in the tasks' modules, where the newest merge is
         scores, seconds = self._step(f"{label}: test", evaluate, module, self.trainer.test)
         outcome = Outcome(
             label, method.method, chosen, scores, attempts, merge_seconds, seconds, blocks
@@ -177,6 +182,23 @@ class Comparison:
         if method.method not in REFERENCES and better:
             self.best = outcome, module
         return outcome
+
+    def _attempt(
+        self,
+        label: str,
+        method: MethodOptions,
+        module: MergeModule,
+        options: dict[str, Any],
+        count: int,
+    ) -> Attempt:
+        settings = {**options, "iterations": count} if count else options
+        module.use(count)
+        if method.method in REFERENCES:
+            return Attempt(settings, {}, 0.0)
+        scores, seconds = self._step(
+            f"{label}: validation", evaluate, module, self.trainer.validate
+        )
+        return Attempt(settings, scores, seconds)
 
     def _module(self, method: str, options: Mapping[str, Any]) -> MergeModule:
         return MergeModule(

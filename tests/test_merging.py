@@ -353,7 +353,7 @@ def test_plain_conjugate_gradients_are_the_papers(problem: Problem) -> None:
 
 
 def test_kronecker_preconditioner_is_what_it_says(problem: Problem) -> None:
-    """((sum c_i G_i) x (sum c_i A_i) / sum c_i + shift I)^-1, the factors' mean eigenvalues 1."""
+    """(sum c_i G_i + d I)^-1 x (sum c_i A_i + d I)^-1 (sum c_i): means of 1, both damped."""
     weights, damping, relative = [1.0, 0.5, 2.0], 0.1, 0.03
     tasks = [(w, f.a["first"], f.g["first"]) for w, f in zip(weights, problem.factors, strict=True)]
     operators = [Damped(KroneckerFactored(a, g).scaled(w), damping * w) for w, a, g in tasks]
@@ -366,8 +366,10 @@ def test_kronecker_preconditioner_is_what_it_says(problem: Problem) -> None:
     c = [w * mean(a) * mean(g) for w, a, g in tasks]
     a_sum = torch.stack([ci * a / mean(a) for ci, (_, a, _) in zip(c, tasks, strict=True)]).sum(0)
     g_sum = torch.stack([ci * g / mean(g) for ci, (_, _, g) in zip(c, tasks, strict=True)]).sum(0)
-    shift = damping * sum(weights) + relative * sum(c)
-    matrix = torch.kron(g_sum, a_sum) / sum(c) + shift * torch.eye(20, dtype=torch.float64)
+    # the operators' own damping is a share of their mean eigenvalue, and goes to both factors
+    each = sum(c) * (relative + (damping * sum(weights) / sum(c)) ** 0.5)
+    g_sum, a_sum = g_sum + each * torch.eye(len(g_sum)), a_sum + each * torch.eye(len(a_sum))
+    matrix = torch.kron(g_sum, a_sum) / sum(c)
     r = problem.thetas[0]["first.weight"]
     torch.testing.assert_close(apply(r).flatten(), torch.linalg.solve(matrix, r.flatten()))
 

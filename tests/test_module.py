@@ -533,6 +533,24 @@ def test_use_switches_between_iteration_counts(suite: Suite) -> None:
     assert differ(seen[0], seen[1])
 
 
+def test_only_one_state_can_be_kept(suite: Suite) -> None:
+    tasks = suite.tasks()
+    for task in tasks:
+        task.head_group = "polarity" if task.name in GROUP else None
+    module = MergeModule(tasks, "mats", {"iterations": [1, 5, 2], "tolerance": 0.0})
+    module.use(2)
+    expected = {name: module.state_of(name) for name in CLASSES}
+    module.use(2, only=True)
+    for name in CLASSES:
+        assert_equal(module.state_of(name), expected[name])
+    module.use(2)
+    merged = module._joint._merged
+    assert merged is not None and len(merged) == 2
+    assert all(set(states) == {2} for states in merged.values())
+    with pytest.raises(ValueError, match=r"no state after 5 iterations; .*\[2\] are kept"):
+        module.use(5)
+
+
 def test_after_the_merge_the_last_count_is_in_use(suite: Suite) -> None:
     module = MergeModule(suite.tasks(), "mats", {"iterations": [1, 5, 2], "tolerance": 0.0})
     module.merge(progress=False)

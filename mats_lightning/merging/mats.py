@@ -127,7 +127,7 @@ def mats(
             as {count: MergeResult}.
         preconditioner: "kronecker" applies the inverse of (sum A) x (sum G) (exact for
             objectives whose sum is of one factor); None is plain CG, as in the paper.
-        preconditioner_damping: added to it, relative to the mean eigenvalue of the sum.
+        preconditioner_damping: added to each factor of it, relative to its mean eigenvalue.
         off_diagonal: scales the off-diagonal of A, G and block Fishers (the paper's lambda).
         damping: C_i + damping (mean eigenvalue of C_i) I, on both sides of the equation.
         floor: the least value of a diagonal Fisher.

@@ -1,5 +1,6 @@
 """The preconditioner of a block: an inverse of the sum of its operators, or nearly so."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,16 +23,26 @@ def block_preconditioner(operators: Sequence[Operator], damping: float) -> Funct
 
     Exact for Diagonal, Dense and Gram. For Kronecker factors, with c_i the mean eigenvalue of
     G_i x A_i and both factors divided by their own, sum c_i G_i x A_i is taken as
-    (sum c_i G_i) x (sum c_i A_i) / sum c_i: exact when the tasks' factors are equal. None where
-    none is needed: the operators are all zero, or identities.
+    (sum c_i G_i) x (sum c_i A_i) / sum c_i: exact when the tasks' factors are equal. There each
+    factor is damped, by `damping` times its own mean eigenvalue. None where no preconditioner is
+    needed: the operators are all zero, or identities.
     """
     shift = sum(c.shift for c in operators if isinstance(c, Damped))
     parts = [c.operator if isinstance(c, Damped) else c for c in operators]
     mean = sum(c.mean_eigenvalue() for c in parts)
     if mean <= 0 or isinstance(parts[0], Identity):
         return None
-    shift += damping * mean
     first = parts[0]
+    if isinstance(first, KroneckerFactored):
+        a, g = torch.zeros_like(first.a), torch.zeros_like(first.g)
+        for c in cast(Sequence[KroneckerFactored], parts):
+            if (share := c.mean_eigenvalue()) > 0:
+                a.add_(c.a, alpha=share / float(c.a.diagonal().mean()))
+                g.add_(c.g, alpha=share / float(c.g.diagonal().mean()))
+        # means of both: `mean`, and 1 once G is divided by it; the shift is parted evenly
+        each = damping + math.sqrt(shift / mean)
+        return kronecker_inverse(a, g.div_(mean), each * mean, each)
+    shift += damping * mean
     if isinstance(first, Diagonal):
         total = torch.stack([cast(Diagonal, c).f for c in parts]).sum(0) + shift
         return lambda r: r / total
@@ -39,13 +50,6 @@ def block_preconditioner(operators: Sequence[Operator], damping: float) -> Funct
         c_sum = sum((cast(Dense, c).c for c in parts), torch.zeros_like(first.c))
         inverse = symmetric_inverse(c_sum, shift)
         return lambda r: inverse(r.reshape(1, -1)).view_as(r)
-    if isinstance(first, Gram):
-        a_sum = sum((cast(Gram, c).a for c in parts), torch.zeros_like(first.a))
-        return symmetric_inverse(a_sum, shift)
-    assert isinstance(first, KroneckerFactored)
-    a, g = torch.zeros_like(first.a), torch.zeros_like(first.g)
-    for c in cast(Sequence[KroneckerFactored], parts):
-        if (share := c.mean_eigenvalue()) > 0:
-            a.add_(c.a, alpha=share / float(c.a.diagonal().mean()))
-            g.add_(c.g, alpha=share / float(c.g.diagonal().mean()))
-    return kronecker_inverse(a, g.div_(mean), shift)
+    assert isinstance(first, Gram)
+    a_sum = sum((cast(Gram, c).a for c in parts), torch.zeros_like(first.a))
+    return symmetric_inverse(a_sum, shift)

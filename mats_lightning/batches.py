@@ -1,12 +1,16 @@
 """What a batch tells: how many examples it has, which positions count, how its loss is reduced."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MaskFn = Callable[[Any], Tensor | None]
+# batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
+# whose name has it
+MaskFn = Callable[[Any], Tensor | Mapping[str, Tensor] | None]
 BatchSizeFn = Callable[[Any], int]
 # batch -> what the mean loss was divided by
 LossReduction = str | Callable[[Any], float]
@@ -38,9 +42,66 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+@dataclass(frozen=True)
+class Masks:
+    """What a mask function gave: the first whose pattern and shape fit a module is its mask."""
+
+    masks: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(given: "Masks | Tensor | Mapping[str, Tensor] | None") -> "Masks":
+        if isinstance(given, Masks):
+            return given
+        masks = {"": given} if isinstance(given, Tensor) else dict(given or {})
+        return Masks({pattern: mask.bool() for pattern, mask in masks.items()})
+
+    def of_module(self, module: str, shape: Sequence[int]) -> Tensor | None:
+        """(N, R) of a layer whose rows have this leading shape; None where all of them count."""
+        for pattern, mask in self.masks.items():
+            if tuple(mask.shape) == tuple(shape) and re.search(pattern, module):
+                return mask
+        return None
+
+
 def attention_mask(batch: Any) -> Tensor | None:
-    """The default mask: a Hugging Face batch's "attention_mask" (N, R), if it has one."""
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+    """A Hugging Face batch's "attention_mask" (N, R), if it has one."""
+    return _mask_named("attention_mask", batch)
+
+
+def encoder_decoder_masks(batch: Any) -> dict[str, Tensor]:
+    """The masks of a Hugging Face encoder-decoder model.
+
+    The decoder's are "decoder_attention_mask", or the labels that are not -100; the keys and
+    values of its cross-attention come from the encoder, and have the encoder's.
+    """
+    encoder, decoder = attention_mask(batch), _mask_named("decoder_attention_mask", batch)
+    labels = batch.get("labels") if hasattr(batch, "get") else None
+    if decoder is None and isinstance(labels, Tensor) and labels.ndim == 2:
+        decoder = labels != -100
+    masks = {}
+    if encoder is not None:
+        masks[CROSS_ATTENTION] = encoder
+    if decoder is not None:
+        masks[DECODER] = decoder
+    if encoder is not None:
+        masks[f"^(?!.*{DECODER})"] = encoder
+    return masks
+
+
+CROSS_ATTENTION = r"(EncDecAttention\.[kv]|(encoder_attn|cross_?attn|cross_?attention)\..*[kv]\w*)$"
+DECODER = r"(^|\.)(decoder|lm_head)(\.|$)"
+
+
+def default_masks(model: nn.Module) -> MaskFn:
+    """The mask function for batches of this model, where the user gives none."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            return encoder_decoder_masks
+    return attention_mask
+
+
+def _mask_named(name: str, batch: Any) -> Tensor | None:
+    mask = batch.get(name) if hasattr(batch, "get") else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 

@@ -30,9 +30,11 @@ from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
     MaskFn,
+    Masks,
     attention_mask,
     batch_size,
     check_loss_reduction,
+    default_masks,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
@@ -62,11 +64,17 @@ class MaTSStatsCallback(Callback):
         loss_reduction: how the training loss is reduced: "mean" over examples, "sum",
             "token_mean" (over labels that are not -100), or a function of the batch that gives
             what the loss was divided by.
-        mask_fn: batch -> (N, R) bool, true where a position counts, or None. The default takes a
-            Hugging Face batch's "attention_mask". It applies to layers whose input has that
-            leading shape.
+        mask_fn: batch -> (N, R) bool, true where a position counts, or None; or {regular
+            expression: such a mask}, for the modules whose names have it. A mask applies to
+            layers whose input has that leading shape. The default takes a Hugging Face batch's
+            "attention_mask", and the decoder's too for an encoder-decoder model.
         batch_size_fn: batch -> number of examples, for batches whose tensors do not agree.
         max_factor_size: larger matrices (a vocabulary's, say) are left out, and named.
+        weight_sharing: K-FAC of layers that are used at several positions: "expand" counts each
+            position as an example (exact for losses that are sums over positions), "reduce"
+            takes an example's mean input and summed gradient (exact for a linear layer whose
+            outputs are averaged).
+        adapted_weights: also A and G of the frozen weights that peft's LoRA layers sit on.
 
     Raises MisconfigurationException for arguments that do not exist, and at setup for ways of
     training in which the statistics would be wrong.
@@ -80,12 +88,14 @@ class MaTSStatsCallback(Callback):
         mask_fn: MaskFn | None = None,
         batch_size_fn: BatchSizeFn | None = None,
         max_factor_size: int = 8192,
+        weight_sharing: str = "expand",
+        adapted_weights: bool = False,
     ) -> None:
         if last_n_epochs < 1:
             raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
         kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         try:
-            find_coverage(nn.Module(), kinds, max_factor_size)
+            find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
             check_loss_reduction(loss_reduction)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
@@ -95,6 +105,9 @@ class MaTSStatsCallback(Callback):
         self.mask_fn = mask_fn
         self.batch_size_fn = batch_size_fn
         self.max_factor_size = max_factor_size
+        self.weight_sharing = weight_sharing
+        self.adapted_weights = adapted_weights
+        self._masks: MaskFn = attention_mask  # until the model is known
         self._coverage: Coverage | None = None
         self._epochs: dict[int, Statistics] = {}
         self._capture: Capture | None = None
@@ -132,7 +145,10 @@ class MaTSStatsCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        coverage = find_coverage(pl_module, self.kinds, self.max_factor_size)
+        coverage = find_coverage(
+            pl_module, self.kinds, self.max_factor_size, self.weight_sharing, self.adapted_weights
+        )
+        self._masks = self.mask_fn or default_masks(pl_module)
         if not coverage.modules:
             raise MisconfigurationException(
                 "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
@@ -168,8 +184,8 @@ class MaTSStatsCallback(Callback):
         scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
         if scaler is not None:
             scale /= scaler.get_scale()
-        mask = (self.mask_fn or attention_mask)(batch)
-        self._hooks.enter_context(capture.batch(examples, scale, mask, defer=scaler is not None))
+        masks = Masks.of(self._masks(batch))
+        self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
 
     @override
     def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
@@ -309,7 +325,7 @@ class MaTSStatsCallback(Callback):
             statistics,
             weights,
             loss_reduction=self.loss_reduction,
-            mask=self.mask_fn or attention_mask,
+            mask=self._masks,
             mode="train",
             kinds=list(self.kinds),
             epochs=self._captured_epochs(),

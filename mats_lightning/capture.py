@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
 from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
 from mats_lightning.statistics.gradients import (
@@ -27,7 +28,8 @@ from mats_lightning.statistics.gradients import (
     VectorGradients,
     add_squares_of_sum,
 )
-from mats_lightning.statistics.inputs import add_input
+from mats_lightning.statistics.inputs import add_counts, add_input, add_second_moment
+from mats_lightning.statistics.layers import leaf
 from mats_lightning.statistics.record import BLOCK, DIAGONAL, OUTPUT, Statistics
 from mats_lightning.verification import GradientCheck
 
@@ -65,7 +67,7 @@ class Batch:
 
     examples: int
     scale: float  # gradient of one example's loss / gradient that autograd brings
-    mask: Tensor | None  # (N, R), true where a position counts
+    masks: Masks  # which positions count
     defer: bool  # keep everything until the backward pass ends: an overflow may void it
     backward: bool = False  # the backward pass of the batch's loss has begun
     calls: Counter[str] = field(default_factory=Counter)  # group -> forward calls before it
@@ -115,16 +117,20 @@ class Capture:
 
     @contextmanager
     def batch(
-        self, examples: int, scale: float, mask: Tensor | None = None, defer: bool = False
+        self,
+        examples: int,
+        scale: float,
+        masks: Masks | Tensor | None = None,
+        defer: bool = False,
     ) -> Iterator[None]:
         """Capture what happens inside, as one batch of `examples` rows.
 
         `scale` times the gradient of the reduced (averaged, accumulated, loss-scaled) loss is
-        the gradient of an example's own loss. `mask` (N, R) applies to layers whose input has
-        that leading shape. `defer` holds all inputs and gradients until `finish`, which throws
-        the batch away when one is not finite (needed with a gradient scaler).
+        the gradient of an example's own loss. `masks` say which positions of a layer count.
+        `defer` holds all inputs and gradients until `finish`, which throws the batch away when
+        one is not finite (needed with a gradient scaler).
         """
-        self._batch = Batch(examples, scale, None if mask is None else mask.bool(), defer)
+        self._batch = Batch(examples, scale, Masks.of(masks), defer)
         handles: list[RemovableHandle] = []
         if not self.statistics.examples:
             self._batch.check = GradientCheck(self.coverage.tensors())
@@ -187,18 +193,25 @@ class Capture:
 
     def _forward_hook(self, covered: CoveredModule) -> Any:
         def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> Tensor | None:
             batch = self._batch
             if batch is None:
+                return None
+            everything = (*args, *kwargs.values())
+            given = [x for x in everything if isinstance(x, Tensor)]
+            alone = len(everything) == 1 or covered.rule.gradients is not leaf
+            if len(given) != 1 or not alone or not isinstance(output, Tensor):
+                why = f"{covered.name} is not called with one tensor, or does not give one"
+                self._drop(self._rows(covered.name), KINDS, why)
                 return None
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
                 batch.calls[self._group[covered.name]] += 1
             if not output.requires_grad:
                 return None
-            a = (args[0] if args else next(iter(kwargs.values()))).detach()
-            use = Use(covered.name, self._input(batch, covered.name, a))
+            a = given[0].detach()
+            use = Use(covered.name, self._input(batch, covered, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
                 examples = ExamplesGradient(batch.examples)
                 output.register_hook(
@@ -212,9 +225,11 @@ class Capture:
 
         return hook
 
-    def _input(self, batch: Batch, name: str, a: Tensor) -> Input:
+    def _input(self, batch: Batch, covered: CoveredModule, a: Tensor) -> Input:
         """A layer that is given the same tensor as others joins them, unless it has already."""
-        key = (a.data_ptr(), a.shape, a.stride(), a.dtype, a._version)
+        name, factors = covered.name, covered.rule.factors
+        alone = "" if factors is not None and factors.shared else name
+        key = (alone, a.data_ptr(), a.shape, a.stride(), a.dtype, a._version)
         given = batch.seen.get(key, lambda: None)()
         if given is None or given.added or name in given.readers:
             given = Input(a)
@@ -266,7 +281,7 @@ class Capture:
         if use.g.shape[0] != batch.examples:
             self._drop(
                 rows,
-                (DIAGONAL, BLOCK),
+                (DIAGONAL, BLOCK, KFAC) if self.coverage.reduce else (DIAGONAL, BLOCK),
                 f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
                 " examples, so an example's gradient cannot be told apart",
             )
@@ -289,7 +304,15 @@ class Capture:
             return
         a = use.input.a
         a = a.to(dtype) if a.is_floating_point() else a
-        for local, gradient in covered.rule(covered.module, a, g).items():
+        try:
+            found = covered.rule.gradients(covered.module, a, g)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if covered.rule.gradients is not leaf:
+                raise
+            first = str(error).strip().partition("\n")[0]
+            self._drop(rows, KINDS, f"autograd of {use.module} for each example fails: {first}")
+            return
+        for local, gradient in found.items():
             parameter = covered.parameters.get(local)
             if parameter and self.coverage.rows[parameter].statistics:
                 gradients[parameter].append(gradient)
@@ -311,20 +334,44 @@ class Capture:
             parts[0].add_outer(self._tensors[f"{BLOCK}/{parameter}"])
 
     def _add_output(self, batch: Batch, use: Use, g: Tensor) -> None:
-        """G += sum g g^T over the positions that the mask leaves."""
-        g = _kept(g, batch.mask)
-        self._tensors[f"{OUTPUT}/{use.module}"].addmm_(g.T, g)
+        """G += sum g g^T over the positions that the mask leaves; or of each example's sum."""
+        covered = self.coverage.modules[use.module]
+        assert covered.rule.factors is not None
+        g = covered.rule.factors.outputs(covered.module, g)
+        mask = batch.masks.of_module(use.module, g.shape[:2])
+        if not self.coverage.reduce:
+            g = _kept(g, mask)
+        else:
+            g = g.sum(1) if mask is None else (g * _beside(mask, g)).sum(1)
+        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", g)
 
     def _add_input(self, batch: Batch, given: Input) -> None:
         """A += sum a a^T over the positions that the mask leaves, for those whose g came back."""
         given.added = True
         batch.waiting.pop(given, None)
         modules = [m for m in self.statistics.inputs if m in given.arrived]
-        if modules:
-            weight = self.coverage.modules[modules[0]].parameters["weight"]
-            with _plain_arithmetic(given.a):
-                a = _kept(given.a.to(self.coverage.dtypes[weight]), batch.mask)
-                add_input(self.statistics, modules, a)
+        if not modules:
+            return
+        covered = self.coverage.modules[modules[0]]
+        if covered.rule.lookup:
+            ids = given.a.reshape(len(given.a), -1)
+            ids = ids.expand(batch.examples, -1) if len(ids) == 1 else ids
+            mask = batch.masks.of_module(covered.name, ids.shape)
+            ids = ids[mask] if mask is not None else ids.flatten()
+            row = self.coverage.rows[covered.matrix]
+            add_counts(self.statistics, modules, ids, row.shape[0], self.coverage.dtypes[row.name])
+            return
+        assert covered.rule.factors is not None
+        with _plain_arithmetic(given.a):
+            a = given.a.to(self.coverage.dtypes[covered.matrix])
+            start = 0
+            for rows in covered.rule.factors.inputs(covered.module, a):
+                mask = batch.masks.of_module(covered.name, (batch.examples, rows.shape[1]))
+                if mask is not None:
+                    mask = mask[start : start + len(rows)] if len(a) == batch.examples else None
+                means = _means(rows, mask) if self.coverage.reduce else None
+                add_input(self.statistics, modules, _kept(rows, mask), means)
+                start += len(rows)
 
     def _rows(self, module: str) -> list[str]:
         return list(self.coverage.modules[module].parameters.values())
@@ -345,7 +392,18 @@ def _plain_arithmetic(like: Tensor) -> Iterator[None]:
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, R, d) -> (positions that the mask leaves, d); all when it is of another shape."""
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask]
-    return x.reshape(-1, x.shape[-1])
+    """(N, R, ...) -> (positions that the mask leaves, ...)."""
+    return x.flatten(0, 1) if mask is None else x[mask]
+
+
+def _means(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, R, ...) -> (N, ...), over the positions that the mask leaves."""
+    if mask is None:
+        return x.mean(1)
+    keep = _beside(mask, x)
+    return (x * keep).sum(1) / keep.sum(1).clamp(min=1)
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """(N, R) -> (N, R, 1, ...), to multiply x (N, R, ...)."""
+    return mask.to(x.dtype).reshape(*mask.shape, *[1] * (x.ndim - 2))

@@ -13,9 +13,10 @@ from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
     MaskFn,
-    attention_mask,
+    Masks,
     batch_size,
     check_loss_reduction,
+    default_masks,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
@@ -36,6 +37,8 @@ def collect_statistics(
     mask_fn: MaskFn | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     max_factor_size: int = 8192,
+    weight_sharing: str = "expand",
+    adapted_weights: bool = False,
     max_examples: int | None = None,
     progress: bool = True,
 ) -> Statistics:
@@ -52,13 +55,13 @@ def collect_statistics(
             training_step, and for other modules Hugging Face's `model(**batch).loss`.
         max_examples: stop after the batch in which this number is reached.
         progress: show a progress bar.
-        statistics, loss_reduction, mask_fn, batch_size_fn, max_factor_size: as in
-            MaTSStatsCallback.
+        statistics, loss_reduction, mask_fn, batch_size_fn, max_factor_size, weight_sharing,
+            adapted_weights: as in MaTSStatsCallback.
 
     Raises ValueError for choices that do not exist, a loss without gradient, or no batches.
     """
     check_loss_reduction(loss_reduction)
-    coverage = find_coverage(model, statistics, max_factor_size)
+    coverage = find_coverage(model, statistics, max_factor_size, weight_sharing, adapted_weights)
     sums = Statistics({}, info={})
     capture = Capture(coverage, sums)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -68,13 +71,13 @@ def collect_statistics(
             f"{coverage.summary()}"
         )
     device = trainable[0].device
-    mask = mask_fn or attention_mask
+    masks = mask_fn or default_masks(model)
     with _evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
             batch = _to_device(batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
             scale = loss_divisor(loss_reduction, batch, examples)
-            with capture.batch(examples, scale, mask(batch)):
+            with capture.batch(examples, scale, Masks.of(masks(batch))):
                 loss = _loss(model, batch, index, loss_fn)
                 capture.start_backward()
                 torch.autograd.grad(loss, trainable, allow_unused=True)
@@ -89,7 +92,7 @@ def collect_statistics(
         sums,
         weights,
         loss_reduction=loss_reduction,
-        mask=mask,
+        mask=masks,
         mode="eval",
         kinds=list(statistics),
         epochs=[],

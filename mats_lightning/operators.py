@@ -4,6 +4,7 @@ Each acts on a parameter in its own shape. `scaled` folds a factor into the stor
 that a product costs nothing more.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -38,9 +39,9 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """C x = f o x: the diagonal Fisher."""
+    """C x = f o x: the diagonal Fisher; the Gram matrix of an embedding."""
 
-    f: Tensor  # the parameter's shape
+    f: Tensor  # the parameter's shape, or (rows, 1): one number a row of an embedding
 
     def matvec(self, x: Tensor) -> Tensor:
         return self.f * x
@@ -70,15 +71,15 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """C X = X A: RegMean's objective for a weight (d_out, d_in)."""
+    """C X = X A: RegMean's objective for a weight X (..., d_out, d_in)."""
 
-    a: Tensor  # (d_in, d_in)
+    a: Tensor  # (..., d_in, d_in)
 
     def matvec(self, x: Tensor) -> Tensor:
         return x @ self.a
 
     def mean_eigenvalue(self) -> float:
-        return float(self.a.diagonal().mean())
+        return float(self.a.diagonal(0, -2, -1).mean())
 
     def scaled(self, factor: float) -> Self:
         return replace(self, a=self.a * factor)
@@ -86,16 +87,17 @@ class Gram:
 
 @dataclass(frozen=True, eq=False)
 class KroneckerFactored:
-    """C X = G X A: K-FAC of a weight (d_out, d_in)."""
+    """C X = G X A: K-FAC of a weight X (..., d_out, d_in)."""
 
-    a: Tensor  # (d_in, d_in)
-    g: Tensor  # (d_out, d_out)
+    a: Tensor  # (..., d_in, d_in)
+    g: Tensor  # (..., d_out, d_out)
 
     def matvec(self, x: Tensor) -> Tensor:
         return self.g @ (x @ self.a)
 
     def mean_eigenvalue(self) -> float:
-        return float(self.a.diagonal().mean()) * float(self.g.diagonal().mean())
+        means = (m.diagonal(0, -2, -1).mean(-1) for m in (self.a, self.g))  # of each group
+        return float(math.prod(means).mean())
 
     def scaled(self, factor: float) -> Self:
         return replace(self, g=self.g * factor)
@@ -123,5 +125,5 @@ def scale_off_diagonal(matrix: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         return matrix
     scaled = matrix * factor
-    scaled.diagonal().copy_(matrix.diagonal())
+    scaled.diagonal(0, -2, -1).copy_(matrix.diagonal(0, -2, -1))
     return scaled

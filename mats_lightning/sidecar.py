@@ -3,14 +3,18 @@
 `<checkpoint>.mats.safetensors` can be read with safetensors alone:
 
 - tensors, raw sums: "diagonal_fisher/<parameter>" in the parameter's shape; "A/<group>",
-  "G/<module>" and "block_fisher/<parameter>" as the packed upper triangle, row by row, of a
-  symmetric (d, d) matrix: d (d + 1) / 2 numbers; "a/<group>" (d_in,), the sum of the inputs;
+  "A_reduced/<group>", "G/<module>" and "block_fisher/<parameter>" as the packed upper triangle,
+  row by row, of a symmetric (d, d) matrix: d (d + 1) / 2 numbers, and one such row for each
+  group of a convolution that has several; "a/<group>" (d_in,), the sum of the inputs;
+  "counts/<module>" (rows,), how often each row of an embedding was looked up;
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
   A it shares); `info`: `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`,
-  `global_step`, `mask`, `kinds`, `coverage` (a row for each trainable parameter: shape,
-  statistics, reason), `tied`, `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256
-  of the weights that it belongs to), `versions`.
+  `global_step`, `mask`, `kinds`, `weight_sharing` (expand or reduce), `coverage` (a row for each
+  trainable parameter: shape, statistics, reason), `transposed` (modules whose weight is stored
+  as (d_in, d_out)), `groups` (convolution -> its groups, where there are several), `tied`,
+  `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256 of the weights that it
+  belongs to), `versions`.
 
 Divide sums by `examples` (A and a by their group's positions) to have what the README defines.
 """
@@ -32,11 +36,11 @@ from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
 from mats_lightning.statistics import Coverage, Statistics
-from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT
+from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED
 
 SUFFIX = ".mats.safetensors"
 FORMAT, FORMAT_VERSION = "mats_lightning", 1
-PACKED = (INPUT, OUTPUT, BLOCK)
+PACKED = (INPUT, OUTPUT, BLOCK, REDUCED)
 
 
 def sidecar_path(checkpoint: str | os.PathLike[str]) -> Path:
@@ -74,7 +78,7 @@ def describe(
         "mask": _name_of(mask),
         **how,
         "coverage": coverage.table(statistics),
-        "tied": coverage.aliases,
+        **coverage.form(),
         "digest": digest({name: weights[name] for name in covered}),
         "versions": versions(),
     }
@@ -237,14 +241,15 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
 
 
 def _pack(matrix: Tensor) -> Tensor:
-    """(d, d) symmetric -> (d (d + 1) / 2,), the upper triangle row by row."""
-    return matrix[_upper(len(matrix), matrix.device)]
+    """(..., d, d) symmetric -> (..., d (d + 1) / 2), the upper triangle row by row."""
+    return matrix[..., _upper(matrix.shape[-1], matrix.device)]
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    d = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
-    upper = packed.new_zeros(d, d).masked_scatter_(_upper(d, packed.device), packed)
-    return upper + upper.triu(1).T
+    d = (math.isqrt(8 * packed.shape[-1] + 1) - 1) // 2
+    mask = _upper(d, packed.device).expand(*packed.shape[:-1], d, d)
+    upper = packed.new_zeros(mask.shape).masked_scatter_(mask, packed)
+    return upper + upper.triu(1).mT
 
 
 def _upper(d: int, device: torch.device) -> Tensor:

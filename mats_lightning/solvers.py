@@ -81,13 +81,15 @@ def conjugate_gradient(
 def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
     """R (..., d) -> R (M + damping I)^-1, by a Cholesky factor in float64; M (d, d) symmetric.
 
+    Or R (groups, n, d) for M (groups, d, d): a matrix a group.
+
     Raises ValueError when M + damping I is not positive definite.
     """
     factor = _cholesky(matrix, damping)
 
     def apply(r: Tensor) -> Tensor:
-        rows = r.double().reshape(-1, len(matrix))
-        solved: Tensor = torch.cholesky_solve(rows.T, factor).T
+        rows = r.double() if matrix.ndim > 2 else r.double().reshape(-1, len(matrix))
+        solved: Tensor = torch.cholesky_solve(rows.mT, factor).mT
         return solved.reshape(r.shape).to(r.dtype)
 
     return apply
@@ -96,8 +98,8 @@ def symmetric_inverse(matrix: Tensor, damping: float) -> Function:
 def kronecker_inverse(a: Tensor, g: Tensor, damping_a: float, damping_g: float) -> Function:
     """R (d_out, d_in) -> (G + damping_g I)^-1 R (A + damping_a I)^-1.
 
-    A (d_in, d_in) and G (d_out, d_out) symmetric. The inverses are taken in float64 and applied in
-    the dtype of A: two products each time.
+    A (d_in, d_in) and G (d_out, d_out) symmetric, or one of each a group. The inverses are taken
+    in float64 and applied in the dtype of A: two products each time.
 
     Raises ValueError when a damped factor is not positive definite.
     """
@@ -108,10 +110,10 @@ def kronecker_inverse(a: Tensor, g: Tensor, damping_a: float, damping_g: float) 
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     damped = matrix.to(torch.float64, copy=True)
-    damped.diagonal().add_(damping)
+    damped.diagonal(0, -2, -1).add_(damping)
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
+    if bool(info.any()):
         raise ValueError(
             f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
             " raise the damping, or scale the off-diagonal below 1"

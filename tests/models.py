@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 Batch = dict[str, Any]
 D = 6  # features in and out, but for the MLP
@@ -339,3 +341,142 @@ def ways(*names: str, make: Callable[..., list[Batch]] = vectors) -> list[Batch]
     """A batch for each way."""
     sizes = tuple(4 - i % 2 for i in range(len(names)))
     return [batch | {"way": way} for batch, way in zip(make(sizes), names, strict=True)]
+
+
+# -- other kinds of layers -----------------------------------------------------------------------
+
+
+def images(
+    sizes: tuple[int, ...] = (4, 3), seed: int = 0, shape: tuple[int, ...] = (4, 7, 6)
+) -> list[Batch]:
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "x": torch.randn(n, *shape, generator=draw, dtype=torch.float64),
+            "labels": torch.randint(3, (n,), generator=draw),
+        }
+        for n in sizes
+    ]
+
+
+class Convolutions(nn.Module):
+    """Stride, padding of three kinds, dilation, groups, one channel a group; a GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 2), padding_mode="reflect")
+        self.grouped = nn.Conv2d(6, 9, (3, 1), groups=3, padding="same", bias=False)
+        self.norm = nn.GroupNorm(3, 9)
+        self.depthwise = nn.Conv2d(9, 9, 2, groups=9, dilation=2)
+        self.pointwise, self.head = nn.Conv2d(9, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = torch.tanh(self.norm(self.grouped(torch.tanh(self.first(batch["x"])))))
+        x = torch.tanh(self.pointwise(torch.tanh(self.depthwise(x))))
+        return classified(self.head(x.mean((2, 3))), batch)
+
+
+class Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(2, 4, 2, groups=2, padding=1), nn.Linear(4, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return classified(self.head(torch.tanh(self.conv(batch["x"])).mean((2, 3, 4))), batch)
+
+
+class Windows(nn.Module):
+    """A convolution over the tokens of padded texts, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, D, padding_idx=0), nn.Linear(D, 3)
+        self.conv = nn.Conv1d(D, D, 3, padding=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        keep = batch["attention_mask"].unsqueeze(1)
+        x = self.words(batch["input_ids"]).mT
+        for _ in range(2):
+            x = torch.tanh(self.conv(x)) * keep
+        return classified(self.head(x.sum(2) / keep.sum(2)), batch)
+
+
+class Transposed(nn.Module):
+    """Hugging Face's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(11, D), Conv1D(D, D), Conv1D(3, D)
+
+    def forward(self, batch: Batch) -> Tensor:
+        keep = batch["attention_mask"].unsqueeze(2)
+        x = torch.tanh(self.first(self.words(batch["input_ids"]))) * keep
+        return classified(self.second(x).sum(1), batch)
+
+
+class Root(nn.Module):
+    """An RMSNorm as language models write it, with 1 + weight as Gemma does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, D))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mean = hidden_states.square().mean(-1, keepdim=True)
+        return hidden_states * torch.rsqrt(mean + 1e-6) * (1 + self.weight)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.linspace(0, 1, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1
+
+
+class Norms(nn.Module):
+    """Every norm, and small modules of unknown kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rms, self.root, self.scale = nn.RMSNorm(D), Root(), Scale()
+        self.batch, self.act, self.head = nn.BatchNorm1d(D), nn.PReLU(2), nn.Linear(D, 3)
+        self.batch.running_mean = torch.linspace(-1, 1, D)
+        self.batch.eval()
+        for parameter in (*self.rms.parameters(), *self.batch.parameters()):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.rms(self.batch(batch["x"]))
+        x = self.scale(self.act(x.unflatten(1, (2, 3))).flatten(1))
+        return classified(self.head(self.root(x)), batch)
+
+
+class Adapted(nn.Module):
+    """A layer, and a feed-forward one, for peft to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.up, self.head = nn.Linear(D, D), nn.Linear(D, 8), nn.Linear(8, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch["x"].unflatten(1, (3, 2)).repeat(1, 1, 3)
+        return classified(self.head(torch.tanh(self.up(torch.tanh(self.layer(x))))).mean(1), batch)
+
+
+def adapted(config: Any) -> nn.Module:
+    """`Adapted` under peft, with adapters that are not where they start."""
+    model: Any = get_peft_model(Adapted(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def ia3() -> nn.Module:
+    return adapted(IA3Config(target_modules=["layer", "up"], feedforward_modules=["up"]))
+
+
+def lora() -> nn.Module:
+    return adapted(LoraConfig(r=2, target_modules=["layer", "up"]))

@@ -4,29 +4,41 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from models import (
     MLP,
+    Adapted,
     Adversarial,
     Batch,
     Beside,
     ByKeyword,
     Categories,
     Conditional,
+    Convolutions,
+    D,
     Flattened,
     Functional,
     GradientPenalty,
     Hooked,
+    Norms,
     PartlyCheckpointed,
     Places,
     Reused,
+    Scale,
     Sharing,
     Teacher,
     Tied,
     Transformer,
+    Transposed,
     Twice,
+    Volumes,
+    Windows,
+    ia3,
+    images,
+    lora,
     texts,
     vectors,
     ways,
@@ -65,11 +77,13 @@ OTHER_MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "an addition and a product": lambda words, places: words * places + places,
     "concatenation": lambda words, places: words + torch.cat([places, places])[:1],
 }
+# their weights are frozen
+BASES = [f"base_model.model.{name}" for name in ("layer.base_layer", "up.base_layer", "head")]
 CASES = {
     "mlp": Case(MLP, vectors()),
     "transformer": Case(Transformer, texts()),
     "reused": Case(Reused, vectors()),
-    "tied": Case(Tied, texts(), without_factors=["output"]),
+    "tied": Case(Tied, texts(), without_factors=["words", "output"]),
     "sharing": Case(Sharing, ways(*SHARING)),
     "sharing, other order": Case(Sharing, ways(*reversed(SHARING))),
     "conditional": Case(Conditional, ways("plain", "extra", "plain")),
@@ -78,6 +92,13 @@ CASES = {
     "twice": Case(Twice, vectors()),
     "hooked": Case(Hooked, vectors()),
     "adversarial": Case(Adversarial, vectors()),
+    "convolutions": Case(Convolutions, images()),
+    "convolution of volumes": Case(Volumes, images(shape=(2, 2, 3, 2))),
+    "convolution of texts": Case(Windows, texts()),
+    "Conv1D": Case(Transposed, texts()),
+    "norms": Case(Norms, vectors()),
+    "(IA)^3": Case(ia3, vectors(), without_factors=BASES),
+    "LoRA": Case(lora, vectors(), without_factors=BASES),
     "categories": Case(Categories, vectors(), without_factors=["layer"]),
     **{f"places: {how}": Case(partial(Places, meet), texts()) for how, meet in MEETINGS.items()},
     **{
@@ -115,9 +136,9 @@ def capture_batch(
 
 
 def captured(
-    model: nn.Module, batches: list[Batch], kinds: tuple[str, ...] = KINDS
+    model: nn.Module, batches: list[Batch], kinds: tuple[str, ...] = KINDS, **options: Any
 ) -> tuple[Statistics, Coverage]:
-    coverage, statistics = find_coverage(model, kinds, 8192), Statistics({})
+    coverage, statistics = find_coverage(model, kinds, 8192, **options), Statistics({})
     capture = Capture(coverage, statistics)
     for batch in batches:
         capture_batch(capture, model, batch)
@@ -127,16 +148,17 @@ def captured(
 def assert_equals(
     found: Statistics, wanted: Expected, tolerance: float, without_factors: list[str]
 ) -> None:
-    linears = [name for name in wanted.gram if name not in without_factors]
+    layers = [name for name in wanted.gram if name not in without_factors]
     assert found.examples == wanted.examples
-    assert found.positions == {name: wanted.positions[name] for name in linears}
+    assert found.positions == {name: wanted.positions[name] for name in layers}
     assert_close(found.diagonal_fisher, wanted.diagonal_fisher, tolerance)
     assert_close(found.block_fisher, wanted.block_fisher, tolerance)
-    assert_close(found.gram, {name: wanted.gram[name] for name in linears}, tolerance)
+    assert_close(found.gram, {name: wanted.gram[name] for name in layers}, tolerance)
+    matrices = [name for name in layers if name in wanted.output]  # and no embeddings
     a = {name: a for name, (a, _) in found.kfac.items()}
     g = {name: g for name, (_, g) in found.kfac.items()}
-    assert_close(a, found.gram, 0.0)
-    assert_close(g, {name: wanted.output[name] for name in linears}, tolerance)
+    assert_close(a, {name: found.gram[name] for name in matrices}, 0.0)
+    assert_close(g, {name: wanted.output[name] for name in matrices}, tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -218,6 +240,38 @@ def test_sums_are_not_taken_in_16_bits() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["transformer", "reused", "convolutions", "convolution of texts"])
+def test_kfac_with_reduce(name: str) -> None:
+    """Of each example's mean input and summed gradient; the Gram matrix stays as it is."""
+    case = CASES[name]
+    model = case.model().double()
+    wanted = expected(model, case.batches, reduce=True)
+    found, coverage = captured(model, case.batches, weight_sharing="reduce")
+    assert_close({m: a for m, (a, _) in found.kfac.items()}, wanted.reduced, 1e-9)
+    assert_close({m: g for m, (_, g) in found.kfac.items()}, wanted.output, 1e-9)
+    assert_close(found.gram, wanted.gram, 1e-9)
+    parts = [captured(model, [b], weight_sharing="reduce")[0] for b in case.batches]
+    assert_close(sum(parts[1:], parts[0]).tensors, found.tensors, 1e-9)
+    assert sum(t.nbytes for t in found.tensors.values()) <= coverage.bytes()
+
+
+def test_curvature_of_the_weights_below_a_lora() -> None:
+    """The same as that of the layer with the product of its factors added, trained in full."""
+    model = lora().double()
+    found, coverage = captured(model, vectors(), adapted_weights=True)
+    layer = model.get_submodule("base_model.model.layer")
+    plain = Adapted().double()
+    full = model.merge_and_unload()
+    plain.load_state_dict(full.state_dict())
+    wanted, _ = captured(plain, vectors())
+    for name in ("layer", "up"):
+        a, g = found.kfac[f"base_model.model.{name}.base_layer"]
+        torch.testing.assert_close((a, g), wanted.kfac[name])
+    row = coverage.rows["base_model.model.layer.base_layer.weight"]
+    assert row.statistics == ["gram", "kfac"] and layer is not None
+    assert "base_model.model.head.weight" not in coverage.rows
+
+
 # -- what cannot be exact is named -----------------------------------------------------------
 
 
@@ -252,7 +306,8 @@ def test_positions_that_meet_the_batch_in_another_way_are_left_as_they_are(name:
         "head.weight",
         "words.weight",
     ]
-    assert "1 rows for 4 examples" in capture.coverage.uncovered["places.weight"]
+    row = capture.coverage.rows["places.weight"]
+    assert row.statistics == ["gram"] and "1 rows for 4 examples" in row.reason
 
 
 def test_a_gradient_of_gradients_is_named() -> None:
@@ -276,6 +331,59 @@ def test_it_is_named_with_any_choice_of_statistics(kinds: tuple[str, ...]) -> No
     found, coverage = captured(Functional().double(), texts(), kinds)
     assert "without calling its layer" in coverage.uncovered["never_called.weight"]
     assert not any(key.endswith(("never_called.weight", "/never_called")) for key in found.tensors)
+
+
+class Centred(nn.Module):
+    """Its examples are not alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) * self.weight
+
+
+class Choosing(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1 if x.sum() > 0 else x
+
+
+class Two(Scale):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return x * self.lambda1 * factor
+
+
+class Pair(Scale):
+    def forward(self, x: Tensor) -> Any:
+        return x * self.lambda1, x
+
+
+UNKNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor], str]] = {
+    "mixes examples": (Centred, lambda m, x: m(x), "the model uses it without"),
+    "chooses by values": (Choosing, lambda m, x: m(x), "autograd of unknown for each example"),
+    "takes more": (Two, lambda m, x: m(x, 2.0), "unknown is not called with one tensor"),
+    "gives more": (Pair, lambda m, x: m(x)[0], "unknown is not called with one tensor"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_module_that_is_not_a_function_of_one_example_is_named(name: str) -> None:
+    make, use, reason = UNKNOWN[name]
+
+    class Model(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unknown = make()
+
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch | {"x": use(self.unknown, batch["x"])})
+
+    model = Model().double()
+    found, coverage = captured(model, vectors())
+    (uncovered,) = coverage.uncovered.items()
+    assert uncovered[0].startswith("unknown.") and reason in uncovered[1]
+    assert sorted(found.kfac) == ["first", "second"]
 
 
 def test_an_input_that_was_changed_in_place_is_named() -> None:

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "broadcast": set(),
     "statistics": {"names"},
     "verification": {"statistics"},
-    "capture": {"broadcast", "statistics", "verification"},
+    "capture": {"batches", "broadcast", "statistics", "verification"},
     "sidecar": {"batches", "statistics"},
     "callback": {"batches", "capture", "names", "sidecar", "statistics"},
     "collect": {"batches", "capture", "names", "sidecar", "statistics"},

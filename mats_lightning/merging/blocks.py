@@ -1,6 +1,7 @@
 """From statistics to operators: each task's C_i for one parameter."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,6 +65,47 @@ def _key(name: str, kind: str, statistics: Statistics) -> str:
     return name.removesuffix(".weight") if kind in ("gram", "kfac") else name
 
 
+@dataclass(frozen=True)
+class MatrixForm:
+    """How a parameter is seen by its operators, where A and G act on it.
+
+    A linear weight as it is; one of Hugging Face's Conv1D transposed; a convolution's as one
+    matrix a group: (d_out, d_in) or (groups, d_out, d_in).
+    """
+
+    shape: tuple[int, ...]  # the parameter's own
+    transposed: bool = False
+    groups: int = 1
+
+    def of(self, weight: Tensor) -> Tensor:
+        if self.transposed:
+            return weight.T
+        if self.groups > 1:
+            return weight.reshape(self.groups, self.shape[0] // self.groups, -1)
+        return weight.flatten(1) if weight.ndim > 2 else weight
+
+    def back(self, matrices: Tensor) -> Tensor:
+        return matrices.T.contiguous() if self.transposed else matrices.reshape(self.shape)
+
+
+def matrix_form(name: str, kind: str, statistics: Statistics, weight: Tensor) -> MatrixForm:
+    """The form in which `operator` takes a parameter with this kind of statistic.
+
+    Raises ValueError for statistics that do not fit the parameter.
+    """
+    shape = tuple(weight.shape)
+    if kind not in ("gram", "kfac"):
+        return MatrixForm(shape)
+    module = _key(name, kind, statistics)
+    groups = statistics.info.get("groups", {}).get(module, 1)
+    if len(shape) < 2 or shape[0] % groups:
+        raise ValueError(
+            f"'{name}' has the statistic {kind}, which a matrix has, and the shape {shape}:"
+            " these statistics are of another architecture"
+        )
+    return MatrixForm(shape, module in statistics.info.get("transposed", ()), groups)
+
+
 def operator(
     name: str,
     kind: str,
@@ -73,7 +115,7 @@ def operator(
     off_diagonal: float = 1.0,
     floor: float = 0.0,
 ) -> Operator:
-    """C of one task for one parameter, in the dtype and on the device of `like`.
+    """C of one task for one parameter; `like` is its matrix form, in the dtype of the result.
 
     Raises ValueError for factors that do not fit the parameter or are not finite.
     """
@@ -97,16 +139,15 @@ def operator(
     if kind == "block_fisher":
         d = like.numel()
         return Dense(scale_off_diagonal(fitted(statistics.block_fisher[key], (d, d)), off_diagonal))
-    if like.ndim != 2:
-        raise ValueError(
-            f"'{name}' has the statistic {kind}, which a matrix has, and the shape"
-            f" {tuple(like.shape)}: these statistics are of another architecture"
-        )
-    d_out, d_in = like.shape
+    *groups, d_out, d_in = like.shape
+    square_in, square_out = (*groups, d_in, d_in), (*groups, d_out, d_out)
     if kind == "gram":
-        return Gram(scale_off_diagonal(fitted(statistics.gram[key], (d_in, d_in)), off_diagonal))
+        a = statistics.gram[key]
+        if a.ndim == 1:  # of an embedding
+            return Diagonal(fitted(a, (d_out,)).unsqueeze(1))
+        return Gram(scale_off_diagonal(fitted(a, square_in), off_diagonal))
     a, g = statistics.kfac[key]
-    a, g = fitted(a, (d_in, d_in)), fitted(g, (d_out, d_out))
+    a, g = fitted(a, square_in), fitted(g, square_out)
     return KroneckerFactored(
         scale_off_diagonal(a, off_diagonal), scale_off_diagonal(g, off_diagonal)
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     check_statistics,
+    matrix_form,
     task_operators,
     uncovered_value,
 )
@@ -164,6 +165,8 @@ def mats(
                 result.state_dict[name] = value
                 result.uncovered.append(name)
             continue
+        form = matrix_form(name, kind_of[name], statistics[0], tensors[0])
+        tensors = [form.of(tensor) for tensor in tensors]
         operators = task_operators(
             name,
             kind_of[name],
@@ -176,7 +179,9 @@ def mats(
             normalize=normalize,
         )
         zero = torch.zeros_like(tensors[0])
-        x0 = weighted_mean(tensors, w) if start is None else start[name].detach().to(tensors[0])
+        x0 = weighted_mean(tensors, w)
+        if start is not None:
+            x0 = form.of(start[name].detach().to(tensors[0]))
 
         def matvec(x: Tensor, operators: Sequence[Operator] = operators) -> Tensor:
             return sum((c.matvec(x) for c in operators), torch.zeros_like(x))
@@ -198,7 +203,7 @@ def mats(
         for count, result in results.items():
             done = min(count, solution.iterations)
             residuals = solution.residuals[: done + 1]
-            result.state_dict[name] = solution.kept[count].to(dtype)
+            result.state_dict[name] = form.back(solution.kept[count]).to(dtype)
             result.blocks[name] = Block(kind_of[name], done, residuals, residuals[-1] <= tolerance)
     for result in results.values():
         result.state_dict |= fixed

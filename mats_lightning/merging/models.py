@@ -87,10 +87,15 @@ def parameters(
 ) -> Iterator[tuple[str, list[Tensor], torch.dtype]]:
     """(name, the models' tensors in the dtype to compute in, the dtype to return), one at a time.
 
-    What is not floating point (position ids, counters) is not merged: it must be equal in all
-    models and goes to `merged` as it is. Raises ValueError where it is not equal.
+    What batch normalisation counts and averages goes to `merged`, weighted by the counts. What is
+    not floating point (position ids, counters) is not merged: it must be equal in all models and
+    goes to `merged` as it is. Raises ValueError where it is not equal.
     """
+    running = _running_statistics(names, thetas)
+    merged |= running
     for name in names:
+        if name in running:
+            continue
         tensors = [theta[name].detach() for theta in thetas]
         if all(tensor.is_floating_point() for tensor in tensors):
             stored = reduce(torch.promote_types, (t.dtype for t in tensors))
@@ -105,6 +110,29 @@ def parameters(
                     " leave it out"
                 )
         merged[name] = tensors[0].clone()
+
+
+def _running_statistics(names: Sequence[str], thetas: Sequence[Weights]) -> dict[str, Tensor]:
+    """Batch normalisation's buffers, as of one layer that has seen the batches of all models.
+
+    The variance around the common mean: mean of (var_i + mean_i^2) - mean^2.
+    """
+    merged: dict[str, Tensor] = {}
+    for name in names:
+        prefix = name.removesuffix("num_batches_tracked")
+        keys = [f"{prefix}running_mean", f"{prefix}running_var"]
+        if prefix == name or not set(keys) <= set(names):
+            continue
+        counts = [float(theta[name]) for theta in thetas]
+        weights = counts if sum(counts) else [1.0] * len(thetas)
+        means, variances = ([theta[key].detach().double() for theta in thetas] for key in keys)
+        mean = weighted_mean(means, weights)
+        around = [v + (m - mean).square() for v, m in zip(variances, means, strict=True)]
+        values = (mean, weighted_mean(around, weights))
+        for key, value in zip(keys, values, strict=True):
+            merged[key] = value.to(thetas[0][key].dtype)
+        merged[name] = torch.stack([theta[name].detach() for theta in thetas]).sum(0)
+    return merged
 
 
 def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

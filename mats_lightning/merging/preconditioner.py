@@ -37,8 +37,8 @@ def block_preconditioner(operators: Sequence[Operator], damping: float) -> Funct
         a, g = torch.zeros_like(first.a), torch.zeros_like(first.g)
         for c in cast(Sequence[KroneckerFactored], parts):
             if (share := c.mean_eigenvalue()) > 0:
-                a.add_(c.a, alpha=share / float(c.a.diagonal().mean()))
-                g.add_(c.g, alpha=share / float(c.g.diagonal().mean()))
+                a.add_(c.a, alpha=share / Gram(c.a).mean_eigenvalue())
+                g.add_(c.g, alpha=share / Gram(c.g).mean_eigenvalue())
         # means of both: `mean`, and 1 once G is divided by it; the shift is parted evenly
         each = damping + math.sqrt(shift / mean)
         return kronecker_inverse(a, g.div_(mean), each * mean, each)

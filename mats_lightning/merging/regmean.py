@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     check_statistics,
+    matrix_form,
     task_operators,
     uncovered_value,
 )
@@ -17,6 +18,7 @@ from mats_lightning.merging.models import (
     check_weights,
     parameters,
 )
+from mats_lightning.operators import Damped, Diagonal, Operator
 from mats_lightning.solvers import symmetric_inverse
 from mats_lightning.statistics import Statistics
 
@@ -34,11 +36,12 @@ def regmean(
     uncovered: str = "average",
     pretrained: Weights | None = None,
 ) -> dict[str, Tensor]:
-    """W = (sum w_i W_i A_i) (sum w_i A_i)^-1 for linear weights (the paper's eq. 2).
+    """W = (sum w_i W_i A_i) (sum w_i A_i)^-1 for weights that multiply (the paper's eq. 2).
 
     A_i is the Gram matrix of the layer's inputs, its off-diagonal scaled by `off_diagonal` and
     `damping` times its mean eigenvalue added, on both sides of the equation; solved by a
-    Cholesky factor in float64. Parameters without a Gram matrix: `uncovered` = "average",
+    Cholesky factor in float64. For an embedding A_i is diagonal: each row is a mean, weighted by
+    how often it was looked up. Parameters without a Gram matrix: `uncovered` = "average",
     "pretrained" or "error".
 
     Raises ValueError for models or statistics that do not fit together, an off-diagonal scaling
@@ -51,7 +54,8 @@ def regmean(
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         if name in kind_of:
-            doubles = [tensor.double() for tensor in tensors]
+            form = matrix_form(name, kind_of[name], statistics[0], tensors[0])
+            doubles = [form.of(tensor).double() for tensor in tensors]
             operators = task_operators(
                 name,
                 kind_of[name],
@@ -66,13 +70,25 @@ def regmean(
                 (c.matvec(t) for c, t in zip(operators, doubles, strict=True)),
                 torch.zeros_like(doubles[0]),
             )
-            eye = torch.eye(b.shape[1], dtype=b.dtype, device=b.device)
-            total = sum((c.matvec(eye) for c in operators), torch.zeros_like(eye))
             try:
-                value = symmetric_inverse(total, 0.0)(b)
+                value = form.back(_closed_form(operators, b))
             except ValueError as error:
                 raise ValueError(f"RegMean of '{name}': {error}") from error
         else:
             value = uncovered_value(name, tensors, w, pretrained, uncovered)
         merged[name] = value.to(dtype)
     return merged
+
+
+def _closed_form(operators: Sequence[Operator], b: Tensor) -> Tensor:
+    """The X with sum C_i X = B, each C_i a product with a matrix from the right, or diagonal."""
+    first = operators[0].operator if isinstance(operators[0], Damped) else operators[0]
+    if isinstance(first, Diagonal):
+        one = torch.ones_like(b)
+        total = sum((c.matvec(one) for c in operators), torch.zeros_like(b))
+        if not bool((total > 0).all()):
+            raise ValueError("rows that no task looked up need a damping above 0")
+        return b / total
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device).expand(*b.shape[:-2], -1, -1)
+    total = sum((c.matvec(eye) for c in operators), torch.zeros_like(eye))
+    return symmetric_inverse(total, 0.0)(b)

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from mats_lightning.names import plain_name
-from mats_lightning.statistics.layers import PARAMETERS, RULES, Rule, rule_for
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, INPUT, INPUT_SUM, OUTPUT, Statistics
+from mats_lightning.statistics.layers import Rule
+from mats_lightning.statistics.record import (
+    BLOCK,
+    DIAGONAL,
+    OF_INPUTS,
+    OUTPUT,
+    Statistics,
+)
 
 GRAM, KFAC = "gram", "kfac"
 KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)
@@ -19,13 +23,14 @@ KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)
 
 @dataclass
 class ParameterCoverage:
-    """One row of the table: a trainable parameter and what is known of it."""
+    """One row of the table: a parameter and what is known of it."""
 
     name: str
     shape: tuple[int, ...]
     module: str
     statistics: list[str] = field(default_factory=list)
     reason: str = ""  # why a statistic that was asked for is missing
+    sizes: tuple[int, int, int] | None = None  # (groups, d_out, d_in) of a matrix with A and G
 
     def drop(self, kinds: Iterable[str], reason: str) -> None:
         self.statistics = [kind for kind in self.statistics if kind not in set(kinds)]
@@ -39,6 +44,21 @@ class CoveredModule:
     rule: Rule
     parameters: dict[str, str]  # local name ("weight") -> parameter's name in the model
 
+    @property
+    def matrix(self) -> str:
+        """The parameter that A and G belong to, or the rows of an embedding; "" without one."""
+        if self.rule.factors is None and not self.rule.lookup:
+            return ""
+        return self.parameters.get(self.rule.parameters[0], "")
+
+    def tensor(self, local: str) -> Tensor:
+        found = self.module
+        *path, last = local.split(".")
+        for name in path:
+            found = getattr(found, name)
+        tensor: Tensor = getattr(found, last)  # a parametrized weight is no parameter
+        return tensor
+
 
 @dataclass
 class Coverage:
@@ -49,37 +69,60 @@ class Coverage:
     frozen: int  # parameters that do not train: left out
     dtypes: dict[str, torch.dtype]  # parameter -> dtype of its sums
     aliases: dict[str, str]  # other name of a tied parameter -> the name used here
+    reduce: bool = False  # K-FAC's A and G are of the mean input and the summed gradient
 
     @property
     def uncovered(self) -> dict[str, str]:
         """parameter -> reason, of those that no statistic covers."""
         return {name: row.reason for name, row in self.rows.items() if not row.statistics}
 
+    def form(self) -> dict[str, Any]:
+        """What a reader of the sums must know: how K-FAC was taken, other names of parameters,
+        the modules whose weight is stored as (d_in, d_out), and those with several groups."""
+        sizes = {row.module: row.sizes for row in self.rows.values() if row.sizes is not None}
+        return {
+            "weight_sharing": "reduce" if self.reduce else "expand",
+            "transposed": [
+                name
+                for name, covered in self.modules.items()
+                if covered.rule.factors is not None and covered.rule.factors.transposed
+            ],
+            "groups": {module: groups for module, (groups, _, _) in sizes.items() if groups > 1},
+            "tied": self.aliases,
+        }
+
     def bytes(self) -> int:
         """Upper bound of the memory that one set of sums takes.
 
         diagonal Fisher: numel; A: d_in^2 + d_in for each module (fewer when modules share an
-        input, which is known after the first batch); G: d_out^2; block Fisher: d^2; times the
-        size of a float32 (float64 for float64 parameters).
+        input, which is known after the first batch), twice d_in^2 for K-FAC with reduce, a
+        number a row for an embedding; G: d_out^2; A and G once a group of a convolution; block
+        Fisher: d^2; times the size of a float32 (float64 for float64 parameters).
         """
         total = 0
         for name, row in self.rows.items():
             numel = torch.Size(row.shape).numel()
             elements = numel if DIAGONAL in row.statistics else 0
             elements += numel**2 if BLOCK in row.statistics else 0
-            if GRAM in row.statistics or KFAC in row.statistics:
-                elements += row.shape[1] * (row.shape[1] + 1)
-            elements += row.shape[0] ** 2 if KFAC in row.statistics else 0
+            if {GRAM, KFAC} & set(row.statistics):
+                if row.sizes is None:
+                    elements += row.shape[0]
+                else:
+                    groups, d_out, d_in = row.sizes
+                    kfac = KFAC in row.statistics
+                    elements += groups * d_in * (d_in + 1)
+                    elements += groups * d_in**2 if kfac and self.reduce else 0
+                    elements += groups * d_out**2 if kfac else 0
             total += elements * self.dtypes[name].itemsize
         return total
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters that have a statistic, by name."""
+        """The parameters that train and have a statistic, by name."""
         return {
-            parameter: getattr(covered.module, local)
+            parameter: tensor
             for covered in self.modules.values()
             for local, parameter in covered.parameters.items()
-            if self.rows[parameter].statistics
+            if self.rows[parameter].statistics and (tensor := covered.tensor(local)).requires_grad
         }
 
     def allocate(self, statistics: Statistics) -> None:
@@ -89,17 +132,18 @@ class Coverage:
         """
         tensors = statistics.tensors
         assert isinstance(tensors, dict)
+        statistics.info |= self.form()
         for covered in self.modules.values():
             for local, parameter in covered.parameters.items():
-                row, like = self.rows[parameter], getattr(covered.module, local)
+                row, like = self.rows[parameter], covered.tensor(local)
                 d = like.numel()
                 shapes: dict[str, tuple[int, ...]] = {}
                 if DIAGONAL in row.statistics:
                     shapes[f"{DIAGONAL}/{parameter}"] = row.shape
                 if BLOCK in row.statistics:
                     shapes[f"{BLOCK}/{parameter}"] = (d, d)
-                if KFAC in row.statistics:
-                    shapes[f"{OUTPUT}/{covered.name}"] = (row.shape[0], row.shape[0])
+                if KFAC in row.statistics and row.sizes is not None:
+                    shapes[f"{OUTPUT}/{covered.name}"] = square(row.sizes[0], row.sizes[1])
                 for key, shape in shapes.items():
                     if key not in tensors:
                         zeros = torch.zeros(shape, dtype=self.dtypes[parameter], device=like.device)
@@ -117,14 +161,14 @@ class Coverage:
                 kinds = self.rows[parameter].statistics
                 for kind in {DIAGONAL, BLOCK} - set(kinds):
                     tensors.pop(f"{kind}/{parameter}", None)
-            weight = self.rows.get(covered.parameters.get("weight", ""))
+            weight = self.rows.get(covered.matrix)
             if weight is None or KFAC not in weight.statistics:
                 tensors.pop(f"{OUTPUT}/{covered.name}", None)
             if weight is None or not {GRAM, KFAC} & set(weight.statistics):
                 statistics.inputs.pop(covered.name, None)
         for group in set(statistics.group_positions) - set(statistics.inputs.values()):
             del statistics.group_positions[group]
-            for kind in (INPUT, INPUT_SUM):
+            for kind in OF_INPUTS:
                 tensors.pop(f"{kind}/{group}", None)
 
     def summary(self) -> str:
@@ -169,89 +213,6 @@ def sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def find_coverage(model: nn.Module, kinds: Iterable[str], max_factor_size: int) -> Coverage:
-    """Walk the model: every trainable parameter gets its statistics or a reason.
-
-    Raises ValueError for a kind of statistic that does not exist.
-    """
-    wanted = set(kinds)
-    if unknown := sorted(wanted - set(KINDS)):
-        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {', '.join(KINDS)}")
-    if not wanted:
-        raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
-    rows: dict[str, ParameterCoverage] = {}
-    modules: dict[str, CoveredModule] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    first_name: dict[int, str] = {}
-    frozen: set[int] = set()
-    inside_attention = {
-        id(child)
-        for parent in model.modules()
-        if isinstance(parent, nn.MultiheadAttention)
-        for child in parent.modules()
-    }
-    for module_name, module in model.named_modules():
-        name = plain_name(module_name)
-        rule = rule_for(module)
-        if id(module) in inside_attention:
-            rule = "nn.MultiheadAttention multiplies without calling its modules"
-        elif parametrize.is_parametrized(module):
-            rule = "its weight is computed by a parametrization"
-        locals_: dict[str, str] = {}
-        for local, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                frozen.add(id(parameter))
-                continue
-            full = first_name.setdefault(id(parameter), f"{name}.{local}" if name else local)
-            tied = full in rows
-            if not tied:
-                rows[full] = ParameterCoverage(full, tuple(parameter.shape), name)
-                dtypes[full] = sum_dtype(parameter)
-            if not callable(rule):
-                kinds_known = ", ".join(kind.__name__ for kind in RULES)
-                rows[full].drop(KINDS, rule or f"{type(module).__name__} is none of {kinds_known}")
-                continue
-            if local not in PARAMETERS:
-                rows[full].drop(
-                    KINDS, f"a {type(module).__name__} has no parameter '{local}' of its own"
-                )
-                continue
-            if parameter.is_complex():
-                rows[full].drop(KINDS, "complex parameters have no statistic here")
-                continue
-            if tied and not rows[full].statistics:
-                continue  # its other use is not covered, so neither is their sum
-            locals_[local] = full
-            row = rows[full]
-            if tied:
-                row.drop((GRAM, KFAC), f"tied: shared by {row.module} and {name}")
-            else:
-                _assign(row, module, wanted, max_factor_size)
-        if callable(rule) and locals_:
-            modules[name] = CoveredModule(name, module, rule, locals_)
-    aliases = {
-        plain_name(name): first_name[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first_name.get(id(parameter), plain_name(name)) != plain_name(name)
-    }
-    return Coverage(rows, modules, len(frozen), dtypes, aliases)
-
-
-def _assign(row: ParameterCoverage, module: nn.Module, wanted: set[str], limit: int) -> None:
-    """The statistics that a parameter can have, among those wanted, within the size limit."""
-    matrix = isinstance(module, nn.Linear) and len(row.shape) == 2
-    can = {DIAGONAL}
-    if matrix:
-        can |= {GRAM, KFAC}
-    elif not isinstance(module, nn.Embedding):
-        can.add(BLOCK)
-    size = {GRAM: row.shape[-1], KFAC: max(row.shape), BLOCK: torch.Size(row.shape).numel()}
-    large = [kind for kind in (GRAM, KFAC, BLOCK) if kind in can & wanted and size[kind] > limit]
-    row.statistics = [kind for kind in KINDS if kind in can & wanted and kind not in large]
-    if large:
-        row.reason = (
-            f"no {' or '.join(large)}: size {max(size[kind] for kind in large)} is above"
-            f" max_factor_size={limit}"
-        )
-    elif not row.statistics:
-        row.reason = f"no statistic that was chosen fits a {type(module).__name__} {row.shape}"
+def square(groups: int, d: int) -> tuple[int, ...]:
+    """The shape of a factor: one matrix, or one for each group."""
+    return (d, d) if groups == 1 else (groups, d, d)

@@ -5,7 +5,7 @@ products for the block Fisher. Shapes: N examples, R positions an example (token
 sharing), d_in and d_out features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +57,37 @@ class MatrixGradients:
 
     def add_example(self, n: int, gradient: Tensor) -> None:
         gradient.addmm_(self.g[n].T, self.a[n])
+
+
+@dataclass(frozen=True, eq=False)
+class PatchGradients:
+    """grad_n = sum_r g_nr a_nr^T for each group of a convolution, unfolded an example at a time."""
+
+    a: Tensor  # (N, channels, *spatial)
+    g: Tensor  # (N, channels of the output, R)
+    groups: int
+    patches: Callable[[Tensor], Tensor]  # a -> (N, R, groups, d_in)
+
+    @property
+    def examples(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.a.device
+
+    def add_squares(self, total: Tensor) -> None:
+        for n in range(self.examples):
+            gradient = self._gradient(n).view_as(total)
+            total.addcmul_(gradient, gradient)
+
+    def add_example(self, n: int, gradient: Tensor) -> None:
+        gradient.add_(self._gradient(n).view_as(gradient))
+
+    def _gradient(self, n: int) -> Tensor:
+        """(groups, d_out / groups, d_in)."""
+        a = self.patches(self.a[n : n + 1])[0].transpose(0, 1)  # (groups, R, d_in)
+        return torch.bmm(self.g[n].unflatten(0, (self.groups, -1)), a)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,27 +2,63 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from mats_lightning.statistics.record import INPUT, INPUT_SUM, Statistics
+from mats_lightning.statistics.record import (
+    COUNTS,
+    INPUT,
+    INPUT_SUM,
+    OF_INPUTS,
+    REDUCED,
+    Statistics,
+)
 
 
-def add_input(statistics: Statistics, modules: Sequence[str], a: Tensor) -> None:
+def add_input(
+    statistics: Statistics, modules: Sequence[str], a: Tensor, means: Tensor | None = None
+) -> None:
     """A += a^T a, a += sum of a (positions, d_in), for these modules of `statistics.inputs`.
 
     Once for each group of layers that have been given the same so far: what is stored is exact
-    for each of them.
+    for each of them. With groups of a convolution a is (positions, groups, d_in). `means`, each
+    example's mean a, go to the A of K-FAC with reduce.
     """
     tensors = statistics.tensors
     assert isinstance(tensors, dict)
-    d = a.shape[-1]
     for group in _groups_of(statistics, tensors, set(modules)):
-        if f"{INPUT}/{group}" not in tensors:
-            tensors[f"{INPUT}/{group}"] = a.new_zeros(d, d)
-            tensors[f"{INPUT_SUM}/{group}"] = a.new_zeros(d)
-        tensors[f"{INPUT}/{group}"].addmm_(a.T, a)
+        add_second_moment(tensors, f"{INPUT}/{group}", a)
+        if means is not None:
+            add_second_moment(tensors, f"{REDUCED}/{group}", means)
+        if f"{INPUT_SUM}/{group}" not in tensors:
+            tensors[f"{INPUT_SUM}/{group}"] = a.new_zeros(a.shape[1:])
         tensors[f"{INPUT_SUM}/{group}"].add_(a.sum(0))
         statistics.group_positions[group] += len(a)
+
+
+def add_counts(
+    statistics: Statistics, modules: Sequence[str], ids: Tensor, rows: int, dtype: torch.dtype
+) -> None:
+    """How often each of an embedding's rows was looked up: the diagonal of its A."""
+    tensors = statistics.tensors
+    assert isinstance(tensors, dict)
+    for module in modules:
+        counts = torch.bincount(ids, minlength=rows).to(dtype)
+        if f"{COUNTS}/{module}" in tensors:
+            counts += tensors[f"{COUNTS}/{module}"]
+        tensors[f"{COUNTS}/{module}"] = counts
+        statistics.group_positions[module] += len(ids)
+
+
+def add_second_moment(tensors: dict[str, Tensor], key: str, x: Tensor) -> None:
+    """tensors[key] += sum_p x_p x_p^T of x (P, d) or, a group each, (P, groups, d)."""
+    if key not in tensors:
+        tensors[key] = x.new_zeros(*x.shape[1:], x.shape[-1])
+    if x.ndim == 2:
+        tensors[key].addmm_(x.T, x)
+    else:
+        x = x.transpose(0, 1)
+        tensors[key].baddbmm_(x.mT, x)
 
 
 def _groups_of(
@@ -44,6 +80,7 @@ def _groups_of(
         if leaving:
             inputs.update(dict.fromkeys(leaving, leaving[0]))
             positions[leaving[0]] = positions[group]
-            for kind in (INPUT, INPUT_SUM):
-                tensors[f"{kind}/{leaving[0]}"] = tensors[f"{kind}/{group}"].clone()
+            for kind in OF_INPUTS:
+                if (before := tensors.get(f"{kind}/{group}")) is not None:
+                    tensors[f"{kind}/{leaving[0]}"] = before.clone()
     return dict.fromkeys(inputs[m] for m in chosen)

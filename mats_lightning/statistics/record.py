@@ -13,7 +13,12 @@ DIAGONAL = "diagonal_fisher"  # parameter -> sum_n grad_n^2, shape of the parame
 BLOCK = "block_fisher"  # parameter -> sum_n grad_n grad_n^T, (d, d)
 INPUT = "A"  # input group -> sum over positions of a a^T, (d_in, d_in)
 INPUT_SUM = "a"  # input group -> sum over positions of a, (d_in,)
+REDUCED = "A_reduced"  # input group -> sum over examples of their mean a's a a^T, (d_in, d_in)
+COUNTS = "counts"  # embedding -> how often each row was looked up, (rows,)
 OUTPUT = "G"  # module -> sum over positions of g g^T, (d_out, d_out)
+# G of K-FAC with reduce: sum over examples of their summed g's g g^T. A, a and G of a convolution
+# with groups have an axis of groups in front.
+OF_INPUTS = (INPUT, INPUT_SUM, REDUCED, COUNTS)
 
 
 class View(Mapping[str, T], Generic[T]):
@@ -46,9 +51,14 @@ class Statistics:
     With N examples, R positions an example, a layer's input a and g = d loss_n / d output:
 
     - `diagonal_fisher[parameter]` = 1/N sum_n (sum_r g a^T)^2, the parameter's shape;
-    - `gram[module]` = A = 1/positions sum a a^T, (d_in, d_in);
-    - `kfac[module]` = (A, G) with G = 1/N sum_nr g g^T, (d_out, d_out): K-FAC, expand;
+    - `gram[module]` = A = 1/positions sum a a^T, (d_in, d_in); the diagonal of it, (rows,), for
+      an embedding, which is how often each row was looked up;
+    - `kfac[module]` = (A, G) with G = 1/N sum_nr g g^T, (d_out, d_out): K-FAC, expand; or, with
+      reduce, A = 1/N sum_n a-bar a-bar^T of the mean input and G = 1/N sum_n g-hat g-hat^T of the
+      summed gradient (Eschenhagen et al., arXiv 2311.00636);
     - `block_fisher[parameter]` = 1/N sum_n grad_n grad_n^T of a vector, (d, d).
+
+    Convolutions have one A and one G for each group, (groups, d, d), where there are several.
 
     `tensors` holds the raw sums under "<kind>/<name>"; it may be lazy (`load_statistics`).
     Two records of the same model add with `+`: epochs, shards, ranks.
@@ -74,7 +84,13 @@ class Statistics:
 
     def _gram(self, module: str) -> Tensor:
         group = self.inputs[module]
-        return self.tensors[f"{INPUT}/{group}"] / self.group_positions[group]
+        kind = COUNTS if f"{COUNTS}/{group}" in self.tensors else INPUT
+        return self.tensors[f"{kind}/{group}"] / self.group_positions[group]
+
+    def _kfac(self, module: str) -> tuple[Tensor, Tensor]:
+        reduced = f"{REDUCED}/{self.inputs[module]}"
+        a = self.tensors[reduced] / self.examples if reduced in self.tensors else None
+        return self._gram(module) if a is None else a, self._mean(OUTPUT, module)
 
     @property
     def diagonal_fisher(self) -> View[Tensor]:
@@ -92,7 +108,7 @@ class Statistics:
     @property
     def kfac(self) -> View[tuple[Tensor, Tensor]]:
         names = [name for name in self._named(OUTPUT) if name in self.positions]
-        return View("K-FAC factors", names, lambda m: (self._gram(m), self._mean(OUTPUT, m)))
+        return View("K-FAC factors", names, self._kfac)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -103,7 +119,9 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         if not self.examples or not other.examples:
             return other if other.examples else self
-        of_inputs = (f"{INPUT}/", f"{INPUT_SUM}/")
+        if different := _differing(self.info, other.info, "weight_sharing"):
+            raise ValueError(f"these statistics are of different kinds: {different}")
+        of_inputs = tuple(f"{kind}/" for kind in OF_INPUTS)
         kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
         theirs = {key for key in other.tensors if not key.startswith(of_inputs)}
         if different := sorted(kinds ^ theirs) or sorted(set(self.inputs) ^ set(other.inputs)):
@@ -117,18 +135,30 @@ class Statistics:
         owner: dict[tuple[str, ...], str] = {}
         for module in self.inputs:
             parts = [(s, s.inputs[module]) for s in (self, other)]
-            seen = [(s, group) for s, group in parts if f"{INPUT}/{group}" in s.tensors]
+            seen = [(s, group) for s, group in parts if _has_inputs(s, group)]
             # Two modules share an input in the sum if they share it in both parts.
             pair = tuple(group if (s, group) in seen else "" for s, group in parts)
             inputs[module] = owner.setdefault(pair if seen else (module,), module)
             if inputs[module] != module:
                 continue
             positions[module] = sum(s.group_positions[group] for s, group in parts)
-            for kind in (INPUT, INPUT_SUM) if seen else ():
-                key = f"{kind}/{module}"
-                tensors[key] = _sum(key, *(s.tensors[f"{kind}/{group}"] for s, group in seen))
+            for kind in OF_INPUTS:
+                terms = [s.tensors.get(f"{kind}/{group}") for s, group in seen]
+                if found := [term for term in terms if term is not None]:
+                    key = f"{kind}/{module}"
+                    tensors[key] = _sum(key, *found)
         examples = self.examples + other.examples
         return Statistics(tensors, examples, positions, inputs, _joined(self.info, other.info))
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> str:
+    """What the two say of `name`, where both do and it is not the same."""
+    both = [info[name] for info in (first, second) if name in info]
+    return f"{name} is {both[0]} in one and {both[1]} in the other" if len(set(both)) > 1 else ""
+
+
+def _has_inputs(statistics: Statistics, group: str) -> bool:
+    return any(f"{kind}/{group}" in statistics.tensors for kind in OF_INPUTS)
 
 
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

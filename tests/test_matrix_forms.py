@@ -1,0 +1,202 @@
+"""Merging weights that are no plain matrix: convolutions, Conv1D, embeddings, batch norms.
+
+The products C x are held against autograd: G X A is the gradient, with respect to the weight X, of
+1/2 s^T G s summed over the positions of the layer's outputs s, divided by the positions.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Batch, Convolutions, Norms, Transposed, Volumes, Windows, images, texts, vectors
+from oracle import distance
+from test_capture import captured
+from torch import Tensor, nn
+
+from mats_lightning import load_statistics
+from mats_lightning.merging import average, mats, regmean, task_arithmetic
+from mats_lightning.merging.blocks import MatrixForm, matrix_form, operator
+from mats_lightning.sidecar import save_statistics
+from mats_lightning.statistics import Statistics
+
+Make = Callable[[], nn.Module]
+CASES: dict[str, tuple[Make, list[Batch]]] = {
+    "convolutions": (Convolutions, images()),
+    "volumes": (Volumes, images(shape=(2, 2, 3, 2))),
+    "Conv1D": (Transposed, texts()),
+    "texts": (Windows, texts()),
+}
+
+
+class Inputs:
+    """What every layer was given, example by example where a mask hides positions."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self.model = model
+        self.seen: dict[str, list[Tensor]] = {}
+        handles = [
+            module.register_forward_hook(self._keep(name)) for name, module in model.named_modules()
+        ]
+        for batch in batches:
+            model(batch)
+        for handle in handles:
+            handle.remove()
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.seen.setdefault(name, []).append(args[0])
+
+        return hook
+
+    def product(self, module: str, x: Tensor, g: Tensor | None) -> Tensor:
+        """C x of a layer, without a mask: G X A, or X A where there is no G."""
+        layer, x = self.model.get_submodule(module), x.clone().requires_grad_()
+        total, positions = torch.zeros((), dtype=torch.float64), 0
+        for a in self.seen[module]:
+            s = torch.func.functional_call(layer, {"weight": x}, (a.detach(),))
+            if getattr(layer, "bias", None) is not None:
+                bias = layer.bias.detach()
+                s = s - (bias.reshape(-1, *[1] * (s.ndim - 2)) if is_convolution(layer) else bias)
+            if is_convolution(layer):
+                s = s.flatten(2).mT
+            s = s.reshape(-1, s.shape[-1])
+            positions += len(s)
+            if g is not None:
+                g = g if g.ndim == 3 else g.unsqueeze(0)  # (groups, d, d)
+                s = s.reshape(len(s), len(g), -1)
+            weighted = s if g is None else torch.einsum("gij,pgj->pgi", g, s)
+            total = total + (s * weighted).sum() / 2
+        (gradient,) = torch.autograd.grad(total, x)
+        return gradient / positions
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    return hasattr(layer, "kernel_size")
+
+
+def unmasked(batches: list[Batch]) -> list[Batch]:
+    """Texts without padding."""
+    return [
+        {**b, "attention_mask": torch.ones_like(ids), "input_ids": ids.clamp(min=1)}
+        if (ids := b.get("input_ids")) is not None
+        else b
+        for b in batches
+    ]
+
+
+def through_a_file(statistics: Statistics, folder: Path) -> Statistics:
+    save_statistics(statistics, folder / "x.ckpt.mats.safetensors")
+    return load_statistics(folder / "x.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["gram", "kfac"])
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_the_layer(name: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, batches = CASES[name]
+    model, batches = make().double(), unmasked(batches)
+    inputs = Inputs(model, batches)
+    statistics = through_a_file(captured(model, batches)[0], tmp_path)
+    layers = list(statistics.gram if kind == "gram" else statistics.kfac)
+    assert layers
+    for module in layers:
+        parameter = f"{module}.weight"
+        x = torch.randn_like(model.get_parameter(parameter))
+        form = matrix_form(parameter, kind, statistics, x)
+        c = operator(parameter, kind, statistics, form.of(x))
+        g = None if kind == "gram" else statistics.kfac[module][1]
+        found = form.back(c.matvec(form.of(x)))
+        assert distance(found, inputs.product(module, x, g)) < 1e-12, module
+
+
+@pytest.mark.parametrize("method", ["regmean", "gram", "kfac", "kfac, plain"])
+@pytest.mark.parametrize("name", CASES)
+def test_merges_solve_the_equation(name: str, method: str, tmp_path: Path) -> None:
+    """sum C_i theta = sum C_i theta_i, in every layer, for models of three starts."""
+    make, batches = CASES[name]
+    batches = unmasked(batches)
+    models, statistics, inputs = [], [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(make().double())
+        inputs.append(Inputs(models[-1], batches))
+        (tmp_path / str(seed)).mkdir()
+        found = captured(models[-1], batches)[0]
+        statistics.append(through_a_file(found, tmp_path / str(seed)))
+    thetas = [model.state_dict() for model in models]
+    if method == "regmean":
+        merged = regmean(thetas, statistics, off_diagonal=1.0, damping=1e-13)
+    else:
+        objective, _, plain = method.partition(", ")
+        preconditioner = None if plain else "kronecker"
+        options: dict[str, Any] = {"objective": objective, "preconditioner": preconditioner}
+        merged = mats(
+            thetas, statistics, normalize=False, iterations=2000, tolerance=1e-9, **options
+        ).state_dict
+    kfac = method.startswith("kfac")
+    for module in statistics[0].kfac if kfac else statistics[0].gram:
+        name = f"{module}.weight"
+        residual, size = torch.zeros_like(merged[name]), torch.zeros_like(merged[name])
+        for theta, record, given in zip(thetas, statistics, inputs, strict=True):
+            g = record.kfac[module][1] if kfac else None
+            residual += given.product(module, merged[name] - theta[name], g)
+            size += given.product(module, theta[name], g)
+        assert merged[name].shape == thetas[0][name].shape
+        assert float(residual.norm()) < 1e-7 * float(size.norm()), module
+
+
+def test_rows_of_an_embedding_are_weighted_by_how_often_they_were_read() -> None:
+    models = [Windows().double() for _ in range(2)]
+    halves = [texts((4, 4))[:1], texts((4, 4), seed=1)[1:]]
+    statistics = [captured(m, half)[0] for m, half in zip(models, halves, strict=True)]
+    merged = regmean([m.state_dict() for m in models], statistics, damping=0.1)["words.weight"]
+    shares = []
+    for half in halves:
+        ids = half[0]["input_ids"][half[0]["attention_mask"].bool()]
+        share = torch.bincount(ids, minlength=11).double() / len(ids)
+        shares.append((share + 0.1 * share.mean()).unsqueeze(1))
+    a, b = (model.words.weight.detach() for model in models)
+    torch.testing.assert_close(merged, (shares[0] * a + shares[1] * b) / (shares[0] + shares[1]))
+    with pytest.raises(ValueError, match=r"of 'words\.weight': rows that no task looked up"):
+        regmean([m.state_dict() for m in models], statistics, damping=0.0)
+
+
+def test_statistics_of_another_form_are_refused() -> None:
+    model, other = Convolutions().double(), Volumes().double()
+    statistics, _ = captured(model, images())
+    with pytest.raises(ValueError, match=r"'grouped\.weight' has the statistic gram.*architecture"):
+        matrix_form("grouped.weight", "gram", statistics, torch.ones(9))
+    weight = other.conv.weight
+    with pytest.raises(ValueError, match=r"gram of 'grouped\.weight' has shape .*architecture"):
+        form = MatrixForm(tuple(weight.shape), groups=2)
+        operator("grouped.weight", "gram", statistics, form.of(weight))
+
+
+def test_running_statistics_are_those_of_all_batches_together() -> None:
+    """Two norms that averaged over all that they saw (no momentum), against one that saw both."""
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm1d(3, momentum=None).double() for _ in range(3)]
+    for index, batches in enumerate((2, 6)):
+        for _ in range(batches):
+            x = torch.randn(50, 3, dtype=torch.float64) * (index + 1) + index
+            norms[index](x)
+    thetas = [norm.state_dict() for norm in norms[:2]]
+    a, b = thetas
+    mean = (2 * a["running_mean"] + 6 * b["running_mean"]) / 8
+    square = sum(
+        share * (t["running_var"] + t["running_mean"].square())
+        for share, t in ((2 / 8, a), (6 / 8, b))
+    )
+    for merged in (average(thetas), task_arithmetic(thetas, norms[2].state_dict(), 0.3)):
+        assert int(merged["num_batches_tracked"]) == 8
+        torch.testing.assert_close(merged["running_mean"], mean)
+        torch.testing.assert_close(merged["running_var"], square - mean.square())
+    norms[2].load_state_dict(merged)
+    fresh = [nn.BatchNorm1d(3).state_dict() for _ in range(2)]
+    assert torch.equal(average(fresh)["running_var"], torch.ones(3))
+    model = Norms().double()
+    found, _ = captured(model, vectors())
+    result = mats([model.state_dict()] * 2, [found] * 2, objective="kfac")
+    assert not any("running" in name for name in result.uncovered)

@@ -343,7 +343,9 @@ class Capture:
             g = _kept(g, mask)
         else:
             g = g.sum(1) if mask is None else (g * _beside(mask, g)).sum(1)
-        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", g)
+        sizes = self.coverage.rows[covered.matrix].matrix
+        assert sizes is not None
+        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", _cut(g, sizes.g))
 
     def _add_input(self, batch: Batch, given: Input) -> None:
         """A += sum a a^T over the positions that the mask leaves, for those whose g came back."""
@@ -361,7 +363,8 @@ class Capture:
             row = self.coverage.rows[covered.matrix]
             add_counts(self.statistics, modules, ids, row.shape[0], self.coverage.dtypes[row.name])
             return
-        assert covered.rule.factors is not None
+        sizes = self.coverage.rows[covered.matrix].matrix
+        assert covered.rule.factors is not None and sizes is not None
         with _plain_arithmetic(given.a):
             a = given.a.to(self.coverage.dtypes[covered.matrix])
             start = 0
@@ -369,8 +372,8 @@ class Capture:
                 mask = batch.masks.of_module(covered.name, (batch.examples, rows.shape[1]))
                 if mask is not None:
                     mask = mask[start : start + len(rows)] if len(a) == batch.examples else None
-                means = _means(rows, mask) if self.coverage.reduce else None
-                add_input(self.statistics, modules, _kept(rows, mask), means)
+                means = _cut(_means(rows, mask), sizes.a) if self.coverage.reduce else None
+                add_input(self.statistics, modules, _cut(_kept(rows, mask), sizes.a), means)
                 start += len(rows)
 
     def _rows(self, module: str) -> list[str]:
@@ -394,6 +397,12 @@ def _plain_arithmetic(like: Tensor) -> Iterator[None]:
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     """(N, R, ...) -> (positions that the mask leaves, ...)."""
     return x.flatten(0, 1) if mask is None else x[mask]
+
+
+def _cut(x: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """(P, d) or (P, groups, d) -> (P, groups and blocks, size), where there is more than one."""
+    count, _ = sizes
+    return x.reshape(len(x), *sizes) if count > 1 else x
 
 
 def _means(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,16 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from models import Batch, Convolutions, Norms, Transposed, Volumes, Windows, images, texts, vectors
+from models import (
+    Batch,
+    Convolutions,
+    Norms,
+    Transposed,
+    Volumes,
+    Windows,
+    classified,
+    images,
+    texts,
+    vectors,
+)
 from oracle import distance
-from test_capture import captured
+from test_capture import capture_batch, captured
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mats_lightning import load_statistics
+from mats_lightning.capture import Capture
 from mats_lightning.merging import average, mats, regmean, task_arithmetic
-from mats_lightning.merging.blocks import MatrixForm, matrix_form, operator
+from mats_lightning.merging.blocks import matrix_form, operator
 from mats_lightning.sidecar import save_statistics
-from mats_lightning.statistics import Statistics
+from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
 Make = Callable[[], nn.Module]
 CASES: dict[str, tuple[Make, list[Batch]]] = {
@@ -104,8 +117,8 @@ def test_products_are_those_of_the_layer(name: str, kind: str, tmp_path: Path) -
     for module in layers:
         parameter = f"{module}.weight"
         x = torch.randn_like(model.get_parameter(parameter))
-        form = matrix_form(parameter, kind, statistics, x)
-        c = operator(parameter, kind, statistics, form.of(x))
+        form = matrix_form(parameter, kind, statistics, x.shape)
+        c = operator(parameter, kind, statistics, x)
         g = None if kind == "gram" else statistics.kfac[module][1]
         found = form.back(c.matvec(form.of(x)))
         assert distance(found, inputs.product(module, x, g)) < 1e-12, module
@@ -147,6 +160,78 @@ def test_merges_solve_the_equation(name: str, method: str, tmp_path: Path) -> No
         assert float(residual.norm()) < 1e-7 * float(size.norm()), module
 
 
+class Wide(nn.Module):
+    """Factors of 96, 64 and, in two groups, 64 x 48."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(96, 64), Conv1D(96, 64)
+        self.conv, self.head = nn.Conv1d(32, 96, 4, groups=2), nn.Linear(96, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = torch.tanh(self.second(torch.tanh(self.first(batch["x"]))))
+        x = torch.tanh(self.conv(x.unflatten(1, (3, 32)).repeat(1, 2, 1).mT)).mean(2)
+        return classified(self.head(x), batch)
+
+
+def block_diagonal(factor: Tensor, blocks: int) -> Tensor:
+    """What is left of a factor (d, d) that is cut into blocks."""
+    size = len(factor) // blocks
+    cut = [factor[i : i + size, i : i + size] for i in range(0, len(factor), size)]
+    return torch.block_diag(*cut)
+
+
+def test_large_factors_are_cut_into_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Wide().double(), images(shape=(96,))
+    uncut, _ = captured(model, batches)
+    coverage = find_coverage(model, KINDS, 40)
+    cut = Statistics({})
+    capture = Capture(coverage, cut)
+    for batch in batches:
+        capture_batch(capture, model, batch)
+    assert sum(t.nbytes for t in cut.tensors.values()) == coverage.bytes()
+    assert cut.info["blocks"] == {
+        "first": [3, 2], "second": [2, 3], "conv": [2, 2], "head": [3, 1]
+    }  # fmt: skip
+    cut = through_a_file(cut, tmp_path)
+    for module, (blocks_in, blocks_out) in cut.info["blocks"].items():
+        weight = model.get_parameter(f"{module}.weight")
+        x = torch.randn_like(weight)
+        for kind in ("gram", "kfac"):
+            c = operator(f"{module}.weight", kind, cut, x)
+            form = matrix_form(f"{module}.weight", kind, cut, x.shape)
+            assert torch.equal(form.back(form.of(x)), x)
+            found = form.back(c.matvec(form.of(x)))
+            a, g = uncut.kfac[module] if kind == "kfac" else (uncut.gram[module], None)
+            factors_a = a if a.ndim == 3 else a[None]
+            rows = x.T if module == "second" else x.flatten(1)
+            wanted = []
+            for group, part in enumerate(rows.chunk(len(factors_a))):
+                product = part @ block_diagonal(factors_a[group], blocks_in)
+                if g is not None:
+                    g_group = (g if g.ndim == 3 else g[None])[group]
+                    product = block_diagonal(g_group, blocks_out) @ product
+                wanted.append(product)
+            joined = torch.cat(wanted)
+            joined = joined.T if module == "second" else joined.reshape(x.shape)
+            torch.testing.assert_close(found, joined)
+    thetas = [model.state_dict(), Wide().double().state_dict()]
+    closed = regmean(thetas, [cut, cut], off_diagonal=1.0, damping=1e-3)
+    solved = mats(thetas, [cut, cut], objective="gram", damping=1e-3, iterations=500, tolerance=0)
+    for name in ("first.weight", "second.weight", "conv.weight"):
+        torch.testing.assert_close(solved.state_dict[name], closed[name], rtol=1e-6, atol=1e-8)
+    result = mats(thetas, [cut, cut], objective="kfac", damping=0.1, iterations=50)
+    assert max(block.residuals[-1] for block in result.blocks.values()) < 1e-6
+
+
+def test_a_size_that_does_not_fall_into_blocks_is_left_out_and_named() -> None:
+    coverage = find_coverage(nn.Linear(101, 64), KINDS, 100)
+    row = coverage.rows["weight"]
+    assert row.statistics == ["diagonal_fisher"]
+    assert "no gram or kfac: size 101 is above max_factor_size=100" in row.reason
+
+
 def test_rows_of_an_embedding_are_weighted_by_how_often_they_were_read() -> None:
     models = [Windows().double() for _ in range(2)]
     halves = [texts((4, 4))[:1], texts((4, 4), seed=1)[1:]]
@@ -164,14 +249,12 @@ def test_rows_of_an_embedding_are_weighted_by_how_often_they_were_read() -> None
 
 
 def test_statistics_of_another_form_are_refused() -> None:
-    model, other = Convolutions().double(), Volumes().double()
+    model = Convolutions().double()
     statistics, _ = captured(model, images())
     with pytest.raises(ValueError, match=r"'grouped\.weight' has the statistic gram.*architecture"):
-        matrix_form("grouped.weight", "gram", statistics, torch.ones(9))
-    weight = other.conv.weight
+        operator("grouped.weight", "gram", statistics, torch.ones(9))
     with pytest.raises(ValueError, match=r"gram of 'grouped\.weight' has shape .*architecture"):
-        form = MatrixForm(tuple(weight.shape), groups=2)
-        operator("grouped.weight", "gram", statistics, form.of(weight))
+        operator("grouped.weight", "gram", statistics, torch.ones(9, 2, 3, 2))
 
 
 def test_running_statistics_are_those_of_all_batches_together() -> None:

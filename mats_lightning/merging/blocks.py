@@ -1,5 +1,6 @@
 """From statistics to operators: each task's C_i for one parameter."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from mats_lightning.operators import (
     scale_off_diagonal,
 )
 from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.record import COUNTS
 
 UNCOVERED = ("average", "pretrained", "error")
 
@@ -69,41 +71,96 @@ def _key(name: str, kind: str, statistics: Statistics) -> str:
 class MatrixForm:
     """How a parameter is seen by its operators, where A and G act on it.
 
-    A linear weight as it is; one of Hugging Face's Conv1D transposed; a convolution's as one
-    matrix a group: (d_out, d_in) or (groups, d_out, d_in).
+    A linear weight as it is, (d_out, d_in), and transposed in Hugging Face's Conv1D. With groups
+    of a convolution, or factors cut into blocks: (groups, blocks of G, blocks of A, d_out, d_in),
+    each a matrix of its own.
     """
 
     shape: tuple[int, ...]  # the parameter's own
     transposed: bool = False
     groups: int = 1
+    blocks_in: int = 1
+    blocks_out: int = 1
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(d_out, d_in) of the whole weight; of one group's inputs for a convolution."""
+        first, rest = self.shape[0], math.prod(self.shape[1:])
+        return (rest, first) if self.transposed else (first, rest)
+
+    @property
+    def whole(self) -> bool:
+        return self.groups == self.blocks_in == self.blocks_out == 1
 
     def of(self, weight: Tensor) -> Tensor:
-        if self.transposed:
-            return weight.T
-        if self.groups > 1:
-            return weight.reshape(self.groups, self.shape[0] // self.groups, -1)
-        return weight.flatten(1) if weight.ndim > 2 else weight
+        matrix = weight.T if self.transposed else weight.flatten(1) if weight.ndim > 2 else weight
+        if self.whole:
+            return matrix
+        d_in = self.matrix[1] // self.blocks_in
+        tiles = matrix.reshape(self.groups, self.blocks_out, -1, self.blocks_in, d_in)
+        return tiles.transpose(2, 3)
 
     def back(self, matrices: Tensor) -> Tensor:
+        if not self.whole:
+            matrices = matrices.transpose(2, 3).reshape(self.matrix)
         return matrices.T.contiguous() if self.transposed else matrices.reshape(self.shape)
 
+    @property
+    def shape_of_a(self) -> tuple[int, ...]:
+        """The shape of A in `Statistics`."""
+        return _stacked(self.groups * self.blocks_in, self.matrix[1] // self.blocks_in)
 
-def matrix_form(name: str, kind: str, statistics: Statistics, weight: Tensor) -> MatrixForm:
-    """The form in which `operator` takes a parameter with this kind of statistic.
+    @property
+    def shape_of_g(self) -> tuple[int, ...]:
+        count = self.groups * self.blocks_out
+        return _stacked(count, self.matrix[0] // count)
+
+    def a(self, factor: Tensor) -> Tensor:
+        """A in the form in which it multiplies: (groups, 1, blocks, d_in, d_in) of several."""
+        if self.whole:
+            return factor
+        return factor.reshape(self.groups, 1, self.blocks_in, *factor.shape[-2:])
+
+    def g(self, factor: Tensor) -> Tensor:
+        if self.whole:
+            return factor
+        return factor.reshape(self.groups, self.blocks_out, 1, *factor.shape[-2:])
+
+
+def _stacked(count: int, size: int) -> tuple[int, ...]:
+    return (size, size) if count == 1 else (count, size, size)
+
+
+def matrix_form(name: str, kind: str, statistics: Statistics, shape: torch.Size) -> MatrixForm:
+    """The form of a parameter that its operator of this kind acts on.
 
     Raises ValueError for statistics that do not fit the parameter.
     """
-    shape = tuple(weight.shape)
-    if kind not in ("gram", "kfac"):
-        return MatrixForm(shape)
     module = _key(name, kind, statistics)
-    groups = statistics.info.get("groups", {}).get(module, 1)
-    if len(shape) < 2 or shape[0] % groups:
+    if kind not in ("gram", "kfac") or (kind == "gram" and _of_embedding(module, statistics)):
+        return MatrixForm(tuple(shape))
+    blocks_in, blocks_out = statistics.info.get("blocks", {}).get(module, (1, 1))
+    form = MatrixForm(
+        tuple(shape),
+        module in statistics.info.get("transposed", ()),
+        statistics.info.get("groups", {}).get(module, 1),
+        blocks_in,
+        blocks_out if kind == "kfac" else 1,
+    )
+    if (
+        len(shape) < 2
+        or form.matrix[0] % (form.groups * form.blocks_out)
+        or (form.matrix[1] % blocks_in)
+    ):
         raise ValueError(
-            f"'{name}' has the statistic {kind}, which a matrix has, and the shape {shape}:"
+            f"'{name}' has the statistic {kind}, which a matrix has, and the shape {tuple(shape)}:"
             " these statistics are of another architecture"
         )
-    return MatrixForm(shape, module in statistics.info.get("transposed", ()), groups)
+    return form
+
+
+def _of_embedding(module: str, statistics: Statistics) -> bool:
+    return f"{COUNTS}/{module}" in statistics.tensors
 
 
 def operator(
@@ -115,9 +172,10 @@ def operator(
     off_diagonal: float = 1.0,
     floor: float = 0.0,
 ) -> Operator:
-    """C of one task for one parameter; `like` is its matrix form, in the dtype of the result.
+    """C of one task for one parameter, in the dtype and on the device of `like`, the parameter.
 
-    Raises ValueError for factors that do not fit the parameter or are not finite.
+    It acts on the parameter in its `matrix_form`. Raises ValueError for factors that do not fit
+    the parameter or are not finite.
     """
 
     def fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -139,15 +197,14 @@ def operator(
     if kind == "block_fisher":
         d = like.numel()
         return Dense(scale_off_diagonal(fitted(statistics.block_fisher[key], (d, d)), off_diagonal))
-    *groups, d_out, d_in = like.shape
-    square_in, square_out = (*groups, d_in, d_in), (*groups, d_out, d_out)
+    if kind == "gram" and _of_embedding(key, statistics):
+        return Diagonal(fitted(statistics.gram[key], (len(like),)).unsqueeze(1))
+    form = matrix_form(name, kind, statistics, like.shape)
     if kind == "gram":
-        a = statistics.gram[key]
-        if a.ndim == 1:  # of an embedding
-            return Diagonal(fitted(a, (d_out,)).unsqueeze(1))
-        return Gram(scale_off_diagonal(fitted(a, square_in), off_diagonal))
+        a = form.a(fitted(statistics.gram[key], form.shape_of_a))
+        return Gram(scale_off_diagonal(a, off_diagonal))
     a, g = statistics.kfac[key]
-    a, g = fitted(a, square_in), fitted(g, square_out)
+    a, g = form.a(fitted(a, form.shape_of_a)), form.g(fitted(g, form.shape_of_g))
     return KroneckerFactored(
         scale_off_diagonal(a, off_diagonal), scale_off_diagonal(g, off_diagonal)
     )

@@ -165,8 +165,6 @@ def mats(
                 result.state_dict[name] = value
                 result.uncovered.append(name)
             continue
-        form = matrix_form(name, kind_of[name], statistics[0], tensors[0])
-        tensors = [form.of(tensor) for tensor in tensors]
         operators = task_operators(
             name,
             kind_of[name],
@@ -178,6 +176,8 @@ def mats(
             damping=damping,
             normalize=normalize,
         )
+        form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
+        tensors = [form.of(tensor) for tensor in tensors]
         zero = torch.zeros_like(tensors[0])
         x0 = weighted_mean(tensors, w)
         if start is not None:

@@ -54,18 +54,18 @@ def regmean(
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         if name in kind_of:
-            form = matrix_form(name, kind_of[name], statistics[0], tensors[0])
-            doubles = [form.of(tensor).double() for tensor in tensors]
             operators = task_operators(
                 name,
                 kind_of[name],
                 statistics,
-                doubles[0],
+                tensors[0].double(),
                 w,
                 off_diagonal=off_diagonal,
                 damping=damping,
                 normalize=normalize,
             )
+            form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
+            doubles = [form.of(tensor.double()) for tensor in tensors]
             b = sum(
                 (c.matvec(t) for c, t in zip(operators, doubles, strict=True)),
                 torch.zeros_like(doubles[0]),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,40 @@ GRAM, KFAC = "gram", "kfac"
 KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)
 
 
+@dataclass(frozen=True)
+class MatrixSizes:
+    """A weight as `groups` matrices (d_out, d_in), and the equal blocks that each factor is cut
+    into along its diagonal, when it is larger than max_factor_size."""
+
+    groups: int
+    d_out: int
+    d_in: int
+    blocks_out: int = 1
+    blocks_in: int = 1
+
+    @property
+    def a(self) -> tuple[int, int]:
+        """(how many matrices A is, their size)."""
+        return self.groups * self.blocks_in, self.d_in // self.blocks_in
+
+    @property
+    def g(self) -> tuple[int, int]:
+        return self.groups * self.blocks_out, self.d_out // self.blocks_out
+
+    def within(self, limit: int) -> "MatrixSizes":
+        """The same in as few equal blocks as keep to the limit, where there are any."""
+        out, into = _blocks(self.d_out, limit), _blocks(self.d_in, limit)
+        return replace(self, blocks_out=out, blocks_in=into)
+
+
+def _blocks(d: int, limit: int) -> int:
+    counts = range(-(-d // limit), d // SMALLEST_BLOCK + 1)
+    return next((k for k in counts if d % k == 0), 1)
+
+
+SMALLEST_BLOCK = 16  # a factor that falls into smaller ones alone (its size a prime) stays whole
+
+
 @dataclass
 class ParameterCoverage:
     """One row of the table: a parameter and what is known of it."""
@@ -30,7 +64,7 @@ class ParameterCoverage:
     module: str
     statistics: list[str] = field(default_factory=list)
     reason: str = ""  # why a statistic that was asked for is missing
-    sizes: tuple[int, int, int] | None = None  # (groups, d_out, d_in) of a matrix with A and G
+    matrix: "MatrixSizes | None" = None  # of a weight with A and G
 
     def drop(self, kinds: Iterable[str], reason: str) -> None:
         self.statistics = [kind for kind in self.statistics if kind not in set(kinds)]
@@ -78,8 +112,9 @@ class Coverage:
 
     def form(self) -> dict[str, Any]:
         """What a reader of the sums must know: how K-FAC was taken, other names of parameters,
-        the modules whose weight is stored as (d_in, d_out), and those with several groups."""
-        sizes = {row.module: row.sizes for row in self.rows.values() if row.sizes is not None}
+        the modules whose weight is stored as (d_in, d_out), those with several groups, and how
+        many blocks (of A, of G) a factor is cut into."""
+        sizes = {row.module: row.matrix for row in self.rows.values() if row.matrix is not None}
         return {
             "weight_sharing": "reduce" if self.reduce else "expand",
             "transposed": [
@@ -87,7 +122,12 @@ class Coverage:
                 for name, covered in self.modules.items()
                 if covered.rule.factors is not None and covered.rule.factors.transposed
             ],
-            "groups": {module: groups for module, (groups, _, _) in sizes.items() if groups > 1},
+            "groups": {module: size.groups for module, size in sizes.items() if size.groups > 1},
+            "blocks": {
+                module: [size.blocks_in, size.blocks_out]
+                for module, size in sizes.items()
+                if max(size.blocks_in, size.blocks_out) > 1
+            },
             "tied": self.aliases,
         }
 
@@ -96,8 +136,9 @@ class Coverage:
 
         diagonal Fisher: numel; A: d_in^2 + d_in for each module (fewer when modules share an
         input, which is known after the first batch), twice d_in^2 for K-FAC with reduce, a
-        number a row for an embedding; G: d_out^2; A and G once a group of a convolution; block
-        Fisher: d^2; times the size of a float32 (float64 for float64 parameters).
+        number a row for an embedding; G: d_out^2; A and G once for each group of a convolution,
+        or each block of a factor that is cut into blocks; block Fisher: d^2; times the size of a
+        float32 (float64 for float64 parameters).
         """
         total = 0
         for name, row in self.rows.items():
@@ -105,14 +146,13 @@ class Coverage:
             elements = numel if DIAGONAL in row.statistics else 0
             elements += numel**2 if BLOCK in row.statistics else 0
             if {GRAM, KFAC} & set(row.statistics):
-                if row.sizes is None:
+                if row.matrix is None:
                     elements += row.shape[0]
                 else:
-                    groups, d_out, d_in = row.sizes
-                    kfac = KFAC in row.statistics
-                    elements += groups * d_in * (d_in + 1)
-                    elements += groups * d_in**2 if kfac and self.reduce else 0
-                    elements += groups * d_out**2 if kfac else 0
+                    (of_a, d_in), (of_g, d_out) = row.matrix.a, row.matrix.g
+                    elements += of_a * d_in * (d_in + 1)
+                    if KFAC in row.statistics:
+                        elements += of_g * d_out**2 + of_a * d_in**2 * self.reduce
             total += elements * self.dtypes[name].itemsize
         return total
 
@@ -142,8 +182,10 @@ class Coverage:
                     shapes[f"{DIAGONAL}/{parameter}"] = row.shape
                 if BLOCK in row.statistics:
                     shapes[f"{BLOCK}/{parameter}"] = (d, d)
-                if KFAC in row.statistics and row.sizes is not None:
-                    shapes[f"{OUTPUT}/{covered.name}"] = square(row.sizes[0], row.sizes[1])
+                if KFAC in row.statistics and row.matrix is not None:
+                    count, size = row.matrix.g
+                    square = (size, size) if count == 1 else (count, size, size)
+                    shapes[f"{OUTPUT}/{covered.name}"] = square
                 for key, shape in shapes.items():
                     if key not in tensors:
                         zeros = torch.zeros(shape, dtype=self.dtypes[parameter], device=like.device)
@@ -211,8 +253,3 @@ class Coverage:
 def sum_dtype(parameter: Tensor) -> torch.dtype:
     """Sums are kept in float32 at least: bfloat16 sums of 200,000 rows are off by 92 %."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def square(groups: int, d: int) -> tuple[int, ...]:
-    """The shape of a factor: one matrix, or one for each group."""
-    return (d, d) if groups == 1 else (groups, d, d)

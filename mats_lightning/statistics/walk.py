@@ -14,6 +14,7 @@ from mats_lightning.statistics.coverage import (
     KINDS,
     Coverage,
     CoveredModule,
+    MatrixSizes,
     ParameterCoverage,
     sum_dtype,
 )
@@ -153,10 +154,10 @@ class _Walk:
         """The statistics that a parameter can have, among those wanted, within the size limit."""
         can, size = {DIAGONAL} if rule.trained else set(), {}
         if rule.factors is not None and local == rule.parameters[0]:
-            row.sizes = rule.factors.sizes(module)
-            _, d_out, d_in = row.sizes
+            sizes = MatrixSizes(*rule.factors.sizes(module))
+            row.matrix = sizes = sizes.within(self._limit)
             can |= {GRAM, KFAC}
-            size = {GRAM: d_in, KFAC: max(d_out, d_in)}
+            size = {GRAM: sizes.a[1], KFAC: max(sizes.a[1], sizes.g[1])}
         elif rule.lookup:
             can.add(GRAM)
         if local in rule.blocks:

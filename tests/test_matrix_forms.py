@@ -232,6 +232,45 @@ def test_a_size_that_does_not_fall_into_blocks_is_left_out_and_named() -> None:
     assert "no gram or kfac: size 101 is above max_factor_size=100" in row.reason
 
 
+@pytest.mark.parametrize("kind", ["gram", "kfac"])
+def test_biases_folded_into_their_weights(kind: str) -> None:
+    """[W b] minimises the outputs' summed distances, in the metric of G: by autograd."""
+    models, statistics, batches = [], [], images(shape=(96,))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Wide().double()
+        nn.init.normal_(model.first.bias)
+        models.append(model)
+        statistics.append(captured(model, batches)[0])
+    thetas = [model.state_dict() for model in models]
+    options: dict[str, Any] = {"objective": kind, "normalize": False, "damping": 0.0}
+    merged = mats(
+        thetas, statistics, fold_bias=True, iterations=4000, tolerance=1e-10, **options
+    ).state_dict
+    inputs = [Inputs(model, batches) for model in models]
+    for module in ("first", "second", "head"):
+        w, b = (merged[f"{module}.{p}"].clone().requires_grad_() for p in ("weight", "bias"))
+        loss = torch.zeros((), dtype=torch.float64)
+        for model, record, given in zip(models, statistics, inputs, strict=True):
+            layer = model.get_submodule(module)
+            a = torch.cat(given.seen[module]).detach()
+            difference = torch.func.functional_call(layer, {"weight": w, "bias": b}, (a,))
+            difference = difference - layer(a).detach()
+            g = record.kfac[module][1] if kind == "kfac" else torch.eye(difference.shape[1])
+            loss = loss + torch.einsum("pi,ij,pj->", difference, g.double(), difference) / len(a)
+        gradients = torch.autograd.grad(loss, (w, b))
+        scale = max(float(loss.detach()), 1.0)
+        assert max(float(g.abs().max()) for g in gradients) < 1e-5 * scale, module
+    assert "first.bias" not in mats(thetas, statistics, fold_bias=True, **options).uncovered
+    closed = regmean(thetas, statistics, 1.0, fold_bias=True, damping=1e-3)
+    options = {"objective": "gram", "damping": 1e-3, "normalize": False, "tolerance": 0.0}
+    solved = mats(thetas, statistics, fold_bias=True, iterations=500, **options).state_dict
+    for name in ("first.weight", "first.bias", "second.bias"):
+        torch.testing.assert_close(solved[name], closed[name], rtol=1e-6, atol=1e-8)
+    apart = regmean(thetas, statistics, 1.0, damping=1e-3)
+    assert distance(apart["second.bias"], closed["second.bias"]) > 0.01
+
+
 def test_rows_of_an_embedding_are_weighted_by_how_often_they_were_read() -> None:
     models = [Windows().double() for _ in range(2)]
     halves = [texts((4, 4))[:1], texts((4, 4), seed=1)[1:]]

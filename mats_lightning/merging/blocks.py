@@ -1,7 +1,7 @@
 """From statistics to operators: each task's C_i for one parameter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,11 +171,13 @@ def operator(
     *,
     off_diagonal: float = 1.0,
     floor: float = 0.0,
+    with_bias: bool = False,
 ) -> Operator:
     """C of one task for one parameter, in the dtype and on the device of `like`, the parameter.
 
-    It acts on the parameter in its `matrix_form`. Raises ValueError for factors that do not fit
-    the parameter or are not finite.
+    It acts on the parameter in its `matrix_form`, and `with_bias` on [W b]: then A is that of
+    the input with a 1 behind it. Raises ValueError for factors that do not fit the parameter or
+    are not finite.
     """
 
     def fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -200,14 +202,46 @@ def operator(
     if kind == "gram" and _of_embedding(key, statistics):
         return Diagonal(fitted(statistics.gram[key], (len(like),)).unsqueeze(1))
     form = matrix_form(name, kind, statistics, like.shape)
-    if kind == "gram":
-        a = form.a(fitted(statistics.gram[key], form.shape_of_a))
-        return Gram(scale_off_diagonal(a, off_diagonal))
-    a, g = statistics.kfac[key]
-    a, g = form.a(fitted(a, form.shape_of_a)), form.g(fitted(g, form.shape_of_g))
+    a, g = statistics.kfac[key] if kind == "kfac" else (statistics.gram[key], None)
+    a = form.a(fitted(a, form.shape_of_a))
+    if with_bias:
+        mean = fitted(statistics.mean_input[key], a.shape[:1]).unsqueeze(0)
+        a = torch.cat([torch.cat([a, mean]), torch.cat([mean.T, a.new_ones(1, 1)])], dim=1)
+    a = scale_off_diagonal(a, off_diagonal)
+    if g is None:
+        return Gram(a)
     return KroneckerFactored(
-        scale_off_diagonal(a, off_diagonal), scale_off_diagonal(g, off_diagonal)
+        a, scale_off_diagonal(form.g(fitted(g, form.shape_of_g)), off_diagonal)
     )
+
+
+def _folded_biases(
+    kind_of: Mapping[str, str], thetas: Sequence[Weights], statistics: Sequence[Statistics]
+) -> dict[str, str]:
+    """weight -> the bias beside it, where both can be solved for together.
+
+    Raises ValueError for K-FAC with reduce, whose A is not that of single positions.
+    """
+    tied = {n for s in statistics for pair in s.info.get("tied", {}).items() for n in pair}
+    folded = {}
+    for name, kind in kind_of.items():
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if kind not in ("gram", "kfac") or bias not in thetas[0] or {name, bias} & tied:
+            continue
+        if not matrix_form(name, kind, statistics[0], thetas[0][name].shape).whole:
+            continue
+        if kind == "kfac" and any(s.info.get("weight_sharing") == "reduce" for s in statistics):
+            raise ValueError(
+                "fold_bias=True needs K-FAC with weight_sharing='expand': with 'reduce' there is"
+                " no mean input that fits A; leave the biases to their own blocks"
+            )
+        folded[name] = bias
+    return folded
+
+
+def beside(weight: Tensor, bias: Tensor) -> Tensor:
+    """[W b], (d_out, d_in + 1)."""
+    return torch.cat([weight, bias.detach().to(weight).unsqueeze(1)], dim=1)
 
 
 def task_operators(
@@ -221,6 +255,7 @@ def task_operators(
     floor: float = 0.0,
     damping: float = 0.0,
     normalize: bool = False,
+    with_bias: bool = False,
 ) -> list[Operator]:
     """w_i C_i of every task, damped: C_i + damping (mean eigenvalue of C_i) I.
 
@@ -231,7 +266,9 @@ def task_operators(
     """
     operators = []
     for task, weight in zip(statistics, weights, strict=True):
-        c = operator(name, kind, task, like, off_diagonal=off_diagonal, floor=floor)
+        c = operator(
+            name, kind, task, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
+        )
         mean = c.mean_eigenvalue()
         if normalize and mean > 0:
             c, mean = c.scaled(1 / mean), 1.0
@@ -263,11 +300,13 @@ def check_statistics(
     kinds: Sequence[str],
     uncovered: str,
     pretrained: Weights | None,
-) -> dict[str, str]:
-    """parameter -> the statistic that its C_i are made of; what is not in it is uncovered.
+    fold_bias: bool = False,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """parameter -> the statistic that its C_i are made of; weight -> bias solved for with it.
 
-    Raises ValueError for a wrong count of statistics, what `covering_statistics` raises, a wrong
-    choice of `uncovered`, or, with "error", an uncovered parameter.
+    A parameter that is in neither is uncovered. Raises ValueError for a wrong count of
+    statistics, what `covering_statistics` raises, a wrong choice of `uncovered`, or, with "error",
+    an uncovered parameter.
     """
     if len(statistics) != len(thetas):
         raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
@@ -278,11 +317,13 @@ def check_statistics(
     if uncovered == "pretrained":
         check_models(thetas[:1], pretrained)
     covering = covering_statistics(list(thetas[0]), kinds, statistics)
+    folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
     if uncovered == "error":
+        known = covering.keys() | set(folded.values())
         for name in thetas[0]:
-            if name not in covering and thetas[0][name].is_floating_point():
+            if name not in known and thetas[0][name].is_floating_point():
                 raise ValueError(
                     f"'{name}' has no statistic {' or '.join(kinds)}; choose"
                     " uncovered='average' or 'pretrained', or a statistic that covers it"
                 )
-    return covering
+    return covering, folded

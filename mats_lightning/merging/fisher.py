@@ -44,7 +44,7 @@ def fisher(
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
     check_range("floor", floor)
-    kind_of = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
+    kind_of, _ = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         if name in kind_of:

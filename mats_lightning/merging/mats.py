@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
+    beside,
     check_statistics,
     matrix_form,
     task_operators,
@@ -70,6 +71,7 @@ class Options(TypedDict, total=False):
     damping: float
     floor: float
     normalize: bool
+    fold_bias: bool
     tolerance: float
     weights: Sequence[float] | None
     uncovered: str
@@ -110,6 +112,7 @@ def mats(
     damping: float = 0.0,
     floor: float = 1e-8,
     normalize: bool = True,
+    fold_bias: bool = False,
     tolerance: float = 1e-6,
     weights: Sequence[float] | None = None,
     uncovered: str = "average",
@@ -134,6 +137,8 @@ def mats(
         floor: the least value of a diagonal Fisher.
         normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
             model fits its rows too well to have much curvature counts too; the paper does not.
+        fold_bias: solve for [W b] together, with the A of the inputs with a 1 behind them, where
+            a weight has A and a bias; else biases are blocks of their own, or uncovered (gram).
         tolerance: a block whose relative residual is below it is done.
         weights: a number a task.
         uncovered: parameters without a statistic: "average", "pretrained" or "error".
@@ -152,13 +157,19 @@ def mats(
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
     check_range("floor", floor)
-    kind_of = check_statistics(thetas, statistics, _kinds(objective), uncovered, pretrained)
+    kind_of, folded = check_statistics(
+        thetas, statistics, _kinds(objective), uncovered, pretrained, fold_bias
+    )
     start = _start(init, pretrained, thetas)
+    done_with_weight = set(folded.values())
     results = {count: MergeResult({}) for count in counts}
     fixed: dict[str, Tensor] = {}  # not floating point: equal in all models
     for index, (name, tensors, dtype) in enumerate(parameters(names, thetas, fixed)):
         if on_block is not None:
             on_block(name, index, len(names))
+        if name in done_with_weight:
+            continue
+        bias = folded.get(name)
         if name not in kind_of:
             value = uncovered_value(name, tensors, w, pretrained, uncovered).to(dtype)
             for result in results.values():
@@ -175,13 +186,15 @@ def mats(
             floor=floor,
             damping=damping,
             normalize=normalize,
+            with_bias=bias is not None,
         )
         form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
-        tensors = [form.of(tensor) for tensor in tensors]
-        zero = torch.zeros_like(tensors[0])
-        x0 = weighted_mean(tensors, w)
-        if start is not None:
-            x0 = form.of(start[name].detach().to(tensors[0]))
+        sources = thetas if start is None else [*thetas, start]
+        blocks = [form.of(source[name].detach().to(tensors[0])) for source in sources]
+        if bias is not None:
+            blocks = [beside(x, source[bias]) for x, source in zip(blocks, sources, strict=True)]
+        tensors = blocks[: len(thetas)]
+        x0 = weighted_mean(tensors, w) if start is None else blocks[-1]
 
         def matvec(x: Tensor, operators: Sequence[Operator] = operators) -> Tensor:
             return sum((c.matvec(x) for c in operators), torch.zeros_like(x))
@@ -189,7 +202,10 @@ def mats(
         try:
             solution = conjugate_gradient(
                 matvec,
-                sum((c.matvec(t) for c, t in zip(operators, tensors, strict=True)), zero),
+                sum(
+                    (c.matvec(t) for c, t in zip(operators, tensors, strict=True)),
+                    torch.zeros_like(x0),
+                ),
                 x0,
                 iterations=max(counts),
                 tolerance=tolerance,
@@ -203,8 +219,13 @@ def mats(
         for count, result in results.items():
             done = min(count, solution.iterations)
             residuals = solution.residuals[: done + 1]
-            result.state_dict[name] = form.back(solution.kept[count]).to(dtype)
-            result.blocks[name] = Block(kind_of[name], done, residuals, residuals[-1] <= tolerance)
+            value = solution.kept[count]
+            block = Block(kind_of[name], done, residuals, residuals[-1] <= tolerance)
+            if bias is not None:
+                result.state_dict[bias] = value[:, -1].to(thetas[0][bias].dtype)
+                result.blocks[bias], value = block, value[:, :-1].contiguous()
+            result.state_dict[name] = form.back(value).to(dtype)
+            result.blocks[name] = block
     for result in results.values():
         result.state_dict |= fixed
     return results[counts[0]] if isinstance(iterations, int) else results

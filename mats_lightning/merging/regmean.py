@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
+    beside,
     check_statistics,
     matrix_form,
     task_operators,
@@ -32,6 +33,7 @@ def regmean(
     *,
     damping: float = 1e-6,
     normalize: bool = False,
+    fold_bias: bool = False,
     weights: Sequence[float] | None = None,
     uncovered: str = "average",
     pretrained: Weights | None = None,
@@ -41,7 +43,8 @@ def regmean(
     A_i is the Gram matrix of the layer's inputs, its off-diagonal scaled by `off_diagonal` and
     `damping` times its mean eigenvalue added, on both sides of the equation; solved by a
     Cholesky factor in float64. For an embedding A_i is diagonal: each row is a mean, weighted by
-    how often it was looked up. Parameters without a Gram matrix: `uncovered` = "average",
+    how often it was looked up. `fold_bias` solves for [W b] together, with the A of the inputs
+    with a 1 behind them. Parameters without a Gram matrix: `uncovered` = "average",
     "pretrained" or "error".
 
     Raises ValueError for models or statistics that do not fit together, an off-diagonal scaling
@@ -50,7 +53,9 @@ def regmean(
     names, w = check_models(thetas), check_weights(weights, len(thetas))
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
-    kind_of = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
+    kind_of, folded = check_statistics(
+        thetas, statistics, STATISTICS, uncovered, pretrained, fold_bias
+    )
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         if name in kind_of:
@@ -63,17 +68,27 @@ def regmean(
                 off_diagonal=off_diagonal,
                 damping=damping,
                 normalize=normalize,
+                with_bias=name in folded,
             )
             form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
             doubles = [form.of(tensor.double()) for tensor in tensors]
+            if name in folded:
+                biases = [theta[folded[name]] for theta in thetas]
+                doubles = [beside(t, b) for t, b in zip(doubles, biases, strict=True)]
             b = sum(
                 (c.matvec(t) for c, t in zip(operators, doubles, strict=True)),
                 torch.zeros_like(doubles[0]),
             )
             try:
-                value = form.back(_closed_form(operators, b))
+                value = _closed_form(operators, b)
             except ValueError as error:
                 raise ValueError(f"RegMean of '{name}': {error}") from error
+            if name in folded:
+                merged[folded[name]] = value[:, -1].to(thetas[0][folded[name]].dtype)
+                value = value[:, :-1]
+            value = form.back(value.contiguous())
+        elif name in folded.values():
+            continue
         else:
             value = uncovered_value(name, tensors, w, pretrained, uncovered)
         merged[name] = value.to(dtype)

@@ -92,6 +92,10 @@ class Statistics:
         a = self.tensors[reduced] / self.examples if reduced in self.tensors else None
         return self._gram(module) if a is None else a, self._mean(OUTPUT, module)
 
+    def _mean_input(self, module: str) -> Tensor:
+        group = self.inputs[module]
+        return self.tensors[f"{INPUT_SUM}/{group}"] / self.group_positions[group]
+
     @property
     def diagonal_fisher(self) -> View[Tensor]:
         names = self._named(DIAGONAL)
@@ -104,6 +108,12 @@ class Statistics:
     @property
     def gram(self) -> View[Tensor]:
         return View("Gram matrix", list(self.positions), self._gram)
+
+    @property
+    def mean_input(self) -> View[Tensor]:
+        """module -> the mean over positions of a, (d_in,): what a bias folded into A needs."""
+        names = [m for m in self.positions if f"{INPUT_SUM}/{self.inputs[m]}" in self.tensors]
+        return View("mean input", names, self._mean_input)
 
     @property
     def kfac(self) -> View[tuple[Tensor, Tensor]]:

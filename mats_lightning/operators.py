@@ -4,7 +4,6 @@ Each acts on a parameter in its own shape. `scaled` folds a factor into the stor
 that a product costs nothing more.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -96,8 +95,8 @@ class KroneckerFactored:
         return self.g @ (x @ self.a)
 
     def mean_eigenvalue(self) -> float:
-        means = (m.diagonal(0, -2, -1).mean(-1) for m in (self.a, self.g))  # of each group
-        return float(math.prod(means).mean())
+        a, g = (m.diagonal(0, -2, -1).mean(-1) for m in (self.a, self.g))  # of each group
+        return float((a * g).mean())
 
     def scaled(self, factor: float) -> Self:
         return replace(self, g=self.g * factor)

@@ -2,10 +2,11 @@
 
 `<checkpoint>.mats.safetensors` can be read with safetensors alone:
 
-- tensors, raw sums: "diagonal_fisher/<parameter>" in the parameter's shape; "A/<group>",
-  "A_reduced/<group>", "G/<module>" and "block_fisher/<parameter>" as the packed upper triangle,
-  row by row, of a symmetric (d, d) matrix: d (d + 1) / 2 numbers, and one such row for each
-  group of a convolution that has several; "a/<group>" (d_in,), the sum of the inputs;
+- tensors, raw sums in float32 or float64: "diagonal_fisher/<parameter>" in the parameter's
+  shape; "A/<group>", "A_reduced/<group>", "G/<module>" and "block_fisher/<parameter>" as the
+  packed upper triangle, row by row, of a symmetric (d, d) matrix: d (d + 1) / 2 numbers (on
+  request in bfloat16), and one such row for each group of a convolution, or each block of a
+  factor that is cut into blocks; "a/<group>" (d_in,), the sum of the inputs;
   "counts/<module>" (rows,), how often each row of an embedding was looked up;
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
@@ -93,18 +94,31 @@ def _name_of(choice: Any) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", "custom")
 
 
-def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+def save_statistics(
+    statistics: Statistics,
+    path: str | os.PathLike[str],
+    factor_dtype: torch.dtype | None = None,
+) -> None:
     """Write to a temporary name and rename: a kill leaves the old file or the new one.
 
-    Raises ValueError when a sum is not finite: such statistics would ruin a merge.
+    `factor_dtype` stores the packed triangles in another dtype: bfloat16 halves them, and rounds
+    their numbers to a relative 2^-9, so that small eigenvalues are lost: merge with a damping.
+
+    Raises ValueError when a sum is not finite (such statistics would ruin a merge), or for a
+    dtype that is not floating point.
     """
+    if factor_dtype is not None and not factor_dtype.is_floating_point:
+        raise ValueError(f"factor_dtype={factor_dtype}: it must be a floating point type")
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     for key in statistics.tensors:
         tensor = statistics.tensors[key].detach().cpu()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: '{key}' has NaN or inf: a loss or gradient was not finite")
-        tensors[key] = _pack(tensor) if key.split("/")[0] in PACKED else tensor.contiguous()
+        if key.split("/")[0] in PACKED:
+            tensors[key] = _pack(tensor).to(factor_dtype or tensor.dtype)
+        else:
+            tensors[key] = tensor.contiguous()
     described = {
         "examples": statistics.examples,
         "positions": statistics.group_positions,
@@ -246,6 +260,8 @@ def _pack(matrix: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> Tensor:
+    """The same from right to left, in float32 at least."""
+    packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     d = (math.isqrt(8 * packed.shape[-1] + 1) - 1) // 2
     mask = _upper(d, packed.device).expand(*packed.shape[:-1], d, d)
     upper = packed.new_zeros(mask.shape).masked_scatter_(mask, packed)

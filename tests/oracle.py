@@ -99,7 +99,7 @@ def moment(x: Tensor) -> Tensor:
     return torch.einsum("pgi,pgj->gij", x, x).squeeze(0)
 
 
-def positions_of(module: nn.Module, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def positions_of(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """One example's input and gradient, as rows (R, groups, d); ids (R,) for an embedding."""
     if isinstance(module, nn.Embedding):
         return a.flatten(), g.reshape(-1, g.shape[-1])
@@ -172,7 +172,7 @@ def recorded_calls(
         return forward
 
     for name, module in modules:
-        module.forward = recording(name, module)  # type: ignore[assignment, method-assign]
+        module.forward = recording(name, module)  # type: ignore[method-assign]
     try:
         yield calls
     finally:

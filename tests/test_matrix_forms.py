@@ -65,7 +65,8 @@ class Inputs:
 
     def product(self, module: str, x: Tensor, g: Tensor | None) -> Tensor:
         """C x of a layer, without a mask: G X A, or X A where there is no G."""
-        layer, x = self.model.get_submodule(module), x.clone().requires_grad_()
+        layer: Any = self.model.get_submodule(module)
+        x = x.clone().requires_grad_()
         total, positions = torch.zeros((), dtype=torch.float64), 0
         for a in self.seen[module]:
             s = torch.func.functional_call(layer, {"weight": x}, (a.detach(),))

@@ -92,6 +92,29 @@ def test_the_round_trip_is_exact(dtype: torch.dtype, tmp_path: Path) -> None:
             assert set(getattr(found, view)) == set(getattr(wanted, view))
 
 
+def test_triangles_may_be_written_in_bfloat16(tmp_path: Path) -> None:
+    wanted, paths = statistics(), [tmp_path / name for name in ("full", "half")]
+    save_statistics(wanted, sidecar_path(paths[0]))
+    save_statistics(wanted, sidecar_path(paths[1]), factor_dtype=torch.bfloat16)
+    found = load_statistics(paths[1])
+    for name, (a, g) in wanted.kfac.items():
+        for exact, rounded in zip((a, g), found.kfac[name], strict=True):
+            assert rounded.dtype == torch.float32 and torch.equal(rounded, rounded.T)
+            torch.testing.assert_close(rounded, exact, rtol=2**-8, atol=0.0)
+            assert not torch.equal(rounded, exact)
+    for name, f in wanted.diagonal_fisher.items():
+        assert torch.equal(found.diagonal_fisher[name], f)
+    large, small = (sidecar_path(path).stat().st_size for path in paths)
+    packed = sum(
+        t.shape[-1] * (t.shape[-1] + 1) // 2
+        for key, t in wanted.tensors.items()
+        if key.split("/")[0] in sidecar.PACKED
+    )
+    assert abs(large - small - 2 * packed) < 4096  # the headers differ in length
+    with pytest.raises(ValueError, match=r"factor_dtype=torch\.int8: it must be a floating point"):
+        save_statistics(wanted, sidecar_path(paths[0]), factor_dtype=torch.int8)
+
+
 def test_others_can_read_it_with_safetensors_alone(saved: Path) -> None:
     """By the text of the module's docstring."""
     wanted = statistics()

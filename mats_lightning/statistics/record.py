@@ -129,8 +129,8 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         if not self.examples or not other.examples:
             return other if other.examples else self
-        if different := _differing(self.info, other.info, "weight_sharing"):
-            raise ValueError(f"these statistics are of different kinds: {different}")
+        if kinds_differ := _differing(self.info, other.info, "weight_sharing"):
+            raise ValueError(f"these statistics are of different kinds: {kinds_differ}")
         of_inputs = tuple(f"{kind}/" for kind in OF_INPUTS)
         kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
         theirs = {key for key in other.tensors if not key.startswith(of_inputs)}

@@ -172,7 +172,7 @@ def recorded_calls(
         return forward
 
     for name, module in modules:
-        module.forward = recording(name, module)  # type: ignore[method-assign]
+        module.forward = recording(name, module)
     try:
         yield calls
     finally:

@@ -16,7 +16,7 @@ from mats_lightning.statistics.layers import LINEAR, TRANSPOSED, Rule, positions
 BASE = "base_layer.weight"
 
 
-def adapter_rule(module: Any, base: bool) -> Rule | str | None:
+def adapter_rule(module: nn.Module, base: bool) -> Rule | str | None:
     """The rule of peft's `ia3.Linear`, and with `base` of the frozen weight below a LoRA.
 
     Told by their names: peft need not be imported. A reason where there is none, None for modules
@@ -28,7 +28,7 @@ def adapter_rule(module: Any, base: bool) -> Rule | str | None:
     if kind.__module__ == "peft.tuners.ia3.layer":
         return _ia3_rule(module)
     if kind.__module__ == "peft.tuners.lora.layer" and base:
-        below = rule_for(module.get_submodule("base_layer"))
+        below: Any = rule_for(module.get_submodule("base_layer"))
         if below not in (LINEAR, TRANSPOSED) or below.factors is None:
             return "the base layer of this LoRA is not linear"
         of_base = below.factors.sizes

@@ -23,12 +23,20 @@ from torch.utils.hooks import RemovableHandle
 from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
 from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
+from mats_lightning.statistics.factors import (
+    add_counts,
+    add_input,
+    add_second_moment,
+    averaged,
+    cut,
+    kept,
+    summed,
+)
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
     VectorGradients,
     add_squares_of_sum,
 )
-from mats_lightning.statistics.inputs import add_counts, add_input, add_second_moment
 from mats_lightning.statistics.layers import leaf
 from mats_lightning.statistics.record import BLOCK, DIAGONAL, OUTPUT, Statistics
 from mats_lightning.verification import GradientCheck
@@ -334,18 +342,14 @@ class Capture:
             parts[0].add_outer(self._tensors[f"{BLOCK}/{parameter}"])
 
     def _add_output(self, batch: Batch, use: Use, g: Tensor) -> None:
-        """G += sum g g^T over the positions that the mask leaves; or of each example's sum."""
+        """G += sum g g^T over the positions that the mask leaves."""
         covered = self.coverage.modules[use.module]
-        assert covered.rule.factors is not None
+        sizes = self.coverage.rows[covered.matrix].matrix
+        assert covered.rule.factors is not None and sizes is not None
         g = covered.rule.factors.outputs(covered.module, g)
         mask = batch.masks.of_module(use.module, g.shape[:2])
-        if not self.coverage.reduce:
-            g = _kept(g, mask)
-        else:
-            g = g.sum(1) if mask is None else (g * _beside(mask, g)).sum(1)
-        sizes = self.coverage.rows[covered.matrix].matrix
-        assert sizes is not None
-        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", _cut(g, sizes.g))
+        rows = summed(g, mask) if self.coverage.reduce else kept(g, mask)
+        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", cut(rows, sizes.g))
 
     def _add_input(self, batch: Batch, given: Input) -> None:
         """A += sum a a^T over the positions that the mask leaves, for those whose g came back."""
@@ -355,25 +359,22 @@ class Capture:
         if not modules:
             return
         covered = self.coverage.modules[modules[0]]
-        if covered.rule.lookup:
-            ids = given.a.reshape(len(given.a), -1)
-            ids = ids.expand(batch.examples, -1) if len(ids) == 1 else ids
-            mask = batch.masks.of_module(covered.name, ids.shape)
-            ids = ids[mask] if mask is not None else ids.flatten()
-            row = self.coverage.rows[covered.matrix]
-            add_counts(self.statistics, modules, ids, row.shape[0], self.coverage.dtypes[row.name])
-            return
-        sizes = self.coverage.rows[covered.matrix].matrix
-        assert covered.rule.factors is not None and sizes is not None
+        row = self.coverage.rows[covered.matrix]
         with _plain_arithmetic(given.a):
-            a = given.a.to(self.coverage.dtypes[covered.matrix])
-            start = 0
+            if covered.rule.lookup:
+                ids = given.a.reshape(len(given.a), -1)
+                ids = ids.expand(batch.examples, -1) if len(ids) == 1 else ids
+                ids = kept(ids, batch.masks.of_module(covered.name, ids.shape))
+                dtype = self.coverage.dtypes[row.name]
+                add_counts(self.statistics, modules, ids, row.shape[0], dtype)
+                return
+            assert covered.rule.factors is not None and row.matrix is not None
+            start, a = 0, given.a.to(self.coverage.dtypes[row.name])
             for rows in covered.rule.factors.inputs(covered.module, a):
-                mask = batch.masks.of_module(covered.name, (batch.examples, rows.shape[1]))
-                if mask is not None:
-                    mask = mask[start : start + len(rows)] if len(a) == batch.examples else None
-                means = _cut(_means(rows, mask), sizes.a) if self.coverage.reduce else None
-                add_input(self.statistics, modules, _cut(_kept(rows, mask), sizes.a), means)
+                mask = batch.masks.of_module(covered.name, (len(a), rows.shape[1]))
+                mask = None if mask is None else mask[start : start + len(rows)]
+                means = cut(averaged(rows, mask), row.matrix.a) if self.coverage.reduce else None
+                add_input(self.statistics, modules, cut(kept(rows, mask), row.matrix.a), means)
                 start += len(rows)
 
     def _rows(self, module: str) -> list[str]:
@@ -392,27 +393,3 @@ def _plain_arithmetic(like: Tensor) -> Iterator[None]:
     """No graph, and no autocast: it would multiply in 16 bits."""
     with torch.no_grad(), torch.autocast(device_type=like.device.type, enabled=False):
         yield
-
-
-def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, R, ...) -> (positions that the mask leaves, ...)."""
-    return x.flatten(0, 1) if mask is None else x[mask]
-
-
-def _cut(x: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """(P, d) or (P, groups, d) -> (P, groups and blocks, size), where there is more than one."""
-    count, _ = sizes
-    return x.reshape(len(x), *sizes) if count > 1 else x
-
-
-def _means(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, R, ...) -> (N, ...), over the positions that the mask leaves."""
-    if mask is None:
-        return x.mean(1)
-    keep = _beside(mask, x)
-    return (x * keep).sum(1) / keep.sum(1).clamp(min=1)
-
-
-def _beside(mask: Tensor, x: Tensor) -> Tensor:
-    """(N, R) -> (N, R, 1, ...), to multiply x (N, R, ...)."""
-    return mask.to(x.dtype).reshape(*mask.shape, *[1] * (x.ndim - 2))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from mats_lightning.statistics import KINDS, Statistics, add_squares_of_sum, find_coverage
+from mats_lightning.statistics.factors import add_input
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
     LookupGradients,
     MatrixGradients,
     VectorGradients,
 )
-from mats_lightning.statistics.inputs import add_input
 from mats_lightning.statistics.layers import RULES
 
 # -- the record ------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A of layers that share an input (q, k and v of an attention): one sum, as long as they do."""
+"""Rows of inputs and gradients -> the sums A and G.
+
+A of layers that share an input (q, k and v of an attention) is one sum, as long as they do.
+"""
 
 from collections.abc import Sequence
 
@@ -13,6 +16,34 @@ from mats_lightning.statistics.record import (
     REDUCED,
     Statistics,
 )
+
+
+def kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, R, ...) -> (positions that the mask (N, R) leaves, ...)."""
+    return x.flatten(0, 1) if mask is None else x[mask]
+
+
+def summed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, R, ...) -> (N, ...), over the positions that the mask leaves."""
+    return x.sum(1) if mask is None else (x * _beside(mask, x)).sum(1)
+
+
+def averaged(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, R, ...) -> (N, ...), over the positions that the mask leaves."""
+    if mask is None:
+        return x.mean(1)
+    return summed(x, mask) / _beside(mask, x).sum(1).clamp(min=1)
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """(N, R) -> (N, R, 1, ...), to multiply x (N, R, ...)."""
+    return mask.to(x.dtype).reshape(*mask.shape, *[1] * (x.ndim - 2))
+
+
+def cut(x: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """(P, d) or (P, groups, d) -> (P, groups and blocks, size), where there is more than one."""
+    count, _ = sizes
+    return x.reshape(len(x), *sizes) if count > 1 else x
 
 
 def add_input(

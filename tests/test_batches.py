@@ -1,0 +1,123 @@
+"""What a batch tells: which positions count, for which modules."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, Flattened, Transformer, texts, vectors
+from oracle import assert_close, expected
+from test_capture import captured
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+from mats_lightning.batches import (
+    Masks,
+    attention_mask,
+    default_masks,
+    encoder_decoder_masks,
+)
+from mats_lightning.capture import Capture
+from mats_lightning.statistics import KINDS, Statistics, find_coverage
+
+
+def test_the_first_mask_that_fits_name_and_shape_is_taken() -> None:
+    short, long, other = torch.ones(2, 3), torch.ones(2, 4), torch.zeros(2, 4)
+    masks = Masks.of({"decoder": short, "^enc": long, "": other})
+    assert masks.of_module("decoder.q", (2, 3)) is masks.masks["decoder"]
+    assert masks.of_module("decoder.q", (2, 4)) is masks.masks[""]
+    assert masks.of_module("enc.q", (2, 4)) is masks.masks["^enc"]
+    assert masks.of_module("my.enc", (2, 4)) is masks.masks[""]
+    assert masks.of_module("head", (2, 1)) is None
+    assert Masks.of(None).of_module("head", (2, 3)) is None
+    mask = Masks.of(short).of_module("anything", (2, 3))
+    assert mask is not None and mask.dtype == torch.bool
+    assert Masks.of(masks) is masks
+
+
+def test_the_default_depends_on_the_model() -> None:
+    config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    assert default_masks(nn.ModuleDict({"bert": BertModel(config)})) is attention_mask
+    assert default_masks(MLP()) is attention_mask
+    assert default_masks(nn.ModuleDict({"t5": tiny_t5()})) is encoder_decoder_masks
+
+
+def tiny_t5() -> Any:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=13, d_model=8, d_kv=4, d_ff=10, num_layers=1, num_heads=2, dropout_rate=0.0,
+        tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).double()
+
+
+@pytest.mark.parametrize("given", ["labels", "decoder_attention_mask"])
+def test_layers_of_an_encoder_decoder_have_the_mask_of_what_they_read(given: str) -> None:
+    """Both sides are of the same length here, so the shape does not tell them apart."""
+    model = tiny_t5()
+    ids, labels = torch.randint(1, 13, (3, 5)), torch.randint(1, 13, (3, 5))
+    encoder = torch.arange(5) < torch.tensor([[5], [3], [2]])
+    decoder = torch.arange(5) < torch.tensor([[2], [5], [4]])
+    batch = {"input_ids": ids * encoder, "attention_mask": encoder.long()}
+    batch["labels"] = labels.masked_fill(~decoder, -100)
+    if given == "decoder_attention_mask":
+        batch["decoder_attention_mask"] = decoder.long()
+        batch["decoder_input_ids"] = labels * decoder
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    with capture.batch(3, 1.0, Masks.of(default_masks(model)(batch))):
+        loss = model(**batch).loss
+        capture.start_backward()
+        loss.backward()
+        capture.finish()
+    for handle in handles:
+        handle.remove()
+    found = capture.statistics
+    assert len(found.kfac) == len(inputs)
+    for name, (a, _) in found.kfac.items():
+        crossing = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        mask = encoder if crossing or name.startswith("encoder") else decoder
+        rows = inputs[name].detach()[mask]
+        torch.testing.assert_close(a, rows.T @ rows / len(rows))
+        assert found.positions[name] == int(mask.sum())
+    assert not torch.equal(encoder, decoder)
+
+
+def test_a_mask_function_may_name_modules() -> None:
+    model, batch = Transformer().double(), texts()[0]
+    mask = batch["attention_mask"].bool()
+    only_first = mask & (torch.arange(mask.shape[1]) == 0)
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    with capture.batch(len(mask), len(mask), Masks.of({r"\.down$": only_first, "": mask})):
+        loss = model(batch).mean()
+        capture.start_backward()
+        loss.backward()
+        capture.finish()
+    assert capture.statistics.positions["blocks.0.down"] == len(mask)
+    wanted = expected(model, [batch], mask=lambda row: only_first[:1, : row["input_ids"].shape[1]])
+    found = {"x": capture.statistics.gram["blocks.0.down"]}
+    assert_close(found, {"x": wanted.gram["blocks.0.down"]}, 1e-9)
+    whole = expected(model, [batch])
+    assert_close(
+        {"x": capture.statistics.gram["blocks.0.up"]}, {"x": whole.gram["blocks.0.up"]}, 1e-9
+    )
+
+
+def test_reduce_needs_the_examples_of_each_row() -> None:
+    found, coverage = captured(Flattened().double(), vectors(), weight_sharing="reduce")
+    assert coverage.rows["middle.weight"].statistics == ["gram"]
+    assert sorted(found.kfac) == ["first", "last"]
+
+
+def test_statistics_of_different_kinds_do_not_add_up() -> None:
+    model = MLP().double()
+    parts = [captured(model, vectors(), weight_sharing=w)[0] for w in ("expand", "reduce")]
+    message = "of different kinds: weight_sharing is expand in one and reduce in the other"
+    with pytest.raises(ValueError, match=message):
+        parts[0] + parts[1]
+    with pytest.raises(ValueError, match="weight_sharing='mean'; choose from expand, reduce"):
+        find_coverage(model, KINDS, 8192, weight_sharing="mean")

@@ -11,7 +11,7 @@ which it has another length is named, and has no statistic of single examples.
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,22 +23,12 @@ from torch.utils.hooks import RemovableHandle
 from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
 from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
-from mats_lightning.statistics.factors import (
-    add_counts,
-    add_input,
-    add_second_moment,
-    averaged,
-    cut,
-    kept,
-    summed,
-)
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
-    VectorGradients,
-    add_squares_of_sum,
 )
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, OUTPUT, Statistics
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, Statistics
+from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
 
 
@@ -115,13 +105,11 @@ class Capture:
     """
 
     def __init__(self, coverage: Coverage, statistics: Statistics) -> None:
-        assert isinstance(statistics.tensors, dict), "sums are added in place: not to a lazy record"
         self.coverage = coverage
         self.statistics = statistics
         self._batch: Batch | None = None
-        self._tensors = statistics.tensors
+        self._sums = Sums(coverage, statistics)
         self._group = _sharing_groups(coverage.modules)
-        coverage.allocate(statistics)
 
     @contextmanager
     def batch(
@@ -194,7 +182,7 @@ class Capture:
         self.statistics.examples += batch.examples
         if batch.check is not None:
             why = "the model uses it without calling its layer, too"
-            self._drop(batch.check.differing(batch.scale), KINDS, why)
+            self._sums.drop(batch.check.differing(batch.scale), KINDS, why)
         return True
 
     # -- hooks -------------------------------------------------------------------------------
@@ -211,7 +199,7 @@ class Capture:
             alone = len(everything) == 1 or covered.rule.gradients is not leaf
             if len(given) != 1 or not alone or not isinstance(output, Tensor):
                 why = f"{covered.name} is not called with one tensor, or does not give one"
-                self._drop(self._rows(covered.name), KINDS, why)
+                self._sums.drop(self._sums.rows(covered.name), KINDS, why)
                 return None
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
@@ -252,7 +240,7 @@ class Capture:
         again = use.g is not None or use.input is None
         if again or (g.requires_grad and not batch.backward):
             why = f"the loss has a gradient in it that was taken through {use.module}"
-            self._drop(self._rows(use.module), KINDS, why)
+            self._sums.drop(self._sums.rows(use.module), KINDS, why)
             return
         if not batch.backward:
             return  # of another loss, before the batch's own
@@ -276,18 +264,22 @@ class Capture:
                 self._add_use(batch, use, gradients)
                 use.input = use.g = None
             for parameter, parts in gradients.items():
-                self._add_gradients(batch, parameter, parts)
+                if batch.check is not None:
+                    batch.check.add(parameter, parts, self._sums.zeros(parameter, parts[0].device))
+                self._sums.add_gradients(parameter, parts)
 
     def _add_use(
         self, batch: Batch, use: Use, gradients: dict[str, list[ExampleGradients]]
     ) -> None:
         assert use.g is not None and use.input is not None
-        covered, rows = self.coverage.modules[use.module], self._rows(use.module)
+        covered, rows = self.coverage.modules[use.module], self._sums.rows(use.module)
         if use.input.changed:  # autograd keeps a copy of its own under autocast, so does not mind
             weights = [row for row in rows if row != covered.parameters.get("bias")]
-            self._drop(weights, KINDS, f"the input of {use.module} was changed in place after it")
+            self._sums.drop(
+                weights, KINDS, f"the input of {use.module} was changed in place after it"
+            )
         if use.g.shape[0] != batch.examples:
-            self._drop(
+            self._sums.drop(
                 rows,
                 (DIAGONAL, BLOCK, KFAC) if self.coverage.reduce else (DIAGONAL, BLOCK),
                 f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
@@ -301,7 +293,7 @@ class Capture:
         dtype = self.coverage.dtypes[rows[0]]
         g = use.g.to(dtype) * batch.scale
         if KFAC in kinds:
-            self._add_output(batch, use, g)
+            self._sums.add_output(use.module, g, batch.masks.of_module)
         if use.module in use.input.readers:
             use.input.arrived.add(use.module)
             if use.input.arrived == use.input.readers:
@@ -318,7 +310,9 @@ class Capture:
             if covered.rule.gradients is not leaf:
                 raise
             first = str(error).strip().partition("\n")[0]
-            self._drop(rows, KINDS, f"autograd of {use.module} for each example fails: {first}")
+            self._sums.drop(
+                rows, KINDS, f"autograd of {use.module} for each example fails: {first}"
+            )
             return
         for local, gradient in found.items():
             parameter = covered.parameters.get(local)
@@ -327,65 +321,13 @@ class Capture:
         if batch.check is not None:
             batch.check.computed_in(use.g.dtype)
 
-    def _add_gradients(self, batch: Batch, parameter: str, parts: list[ExampleGradients]) -> None:
-        row = self.coverage.rows[parameter]
-        if batch.check is not None:
-            dtype = self.coverage.dtypes[parameter]
-            zeros = torch.zeros(row.shape, dtype=dtype, device=parts[0].device)
-            batch.check.add(parameter, parts, zeros)
-        vectors = [part.v for part in parts if isinstance(part, VectorGradients)]
-        if len(vectors) == len(parts):  # several uses of a vector: one sum an example
-            parts = [VectorGradients(torch.stack(vectors).sum(0))]
-        if DIAGONAL in row.statistics:
-            add_squares_of_sum(parts, self._tensors[f"{DIAGONAL}/{parameter}"])
-        if BLOCK in row.statistics and isinstance(parts[0], VectorGradients):
-            parts[0].add_outer(self._tensors[f"{BLOCK}/{parameter}"])
-
-    def _add_output(self, batch: Batch, use: Use, g: Tensor) -> None:
-        """G += sum g g^T over the positions that the mask leaves."""
-        covered = self.coverage.modules[use.module]
-        sizes = self.coverage.rows[covered.matrix].matrix
-        assert covered.rule.factors is not None and sizes is not None
-        g = covered.rule.factors.outputs(covered.module, g)
-        mask = batch.masks.of_module(use.module, g.shape[:2])
-        rows = summed(g, mask) if self.coverage.reduce else kept(g, mask)
-        add_second_moment(self._tensors, f"{OUTPUT}/{use.module}", cut(rows, sizes.g))
-
     def _add_input(self, batch: Batch, given: Input) -> None:
-        """A += sum a a^T over the positions that the mask leaves, for those whose g came back."""
+        """For the layers whose gradients came back."""
         given.added = True
         batch.waiting.pop(given, None)
-        modules = [m for m in self.statistics.inputs if m in given.arrived]
-        if not modules:
-            return
-        covered = self.coverage.modules[modules[0]]
-        row = self.coverage.rows[covered.matrix]
         with _plain_arithmetic(given.a):
-            if covered.rule.lookup:
-                ids = given.a.reshape(len(given.a), -1)
-                ids = ids.expand(batch.examples, -1) if len(ids) == 1 else ids
-                ids = kept(ids, batch.masks.of_module(covered.name, ids.shape))
-                dtype = self.coverage.dtypes[row.name]
-                add_counts(self.statistics, modules, ids, row.shape[0], dtype)
-                return
-            assert covered.rule.factors is not None and row.matrix is not None
-            start, a = 0, given.a.to(self.coverage.dtypes[row.name])
-            for rows in covered.rule.factors.inputs(covered.module, a):
-                mask = batch.masks.of_module(covered.name, (len(a), rows.shape[1]))
-                mask = None if mask is None else mask[start : start + len(rows)]
-                means = cut(averaged(rows, mask), row.matrix.a) if self.coverage.reduce else None
-                add_input(self.statistics, modules, cut(kept(rows, mask), row.matrix.a), means)
-                start += len(rows)
-
-    def _rows(self, module: str) -> list[str]:
-        return list(self.coverage.modules[module].parameters.values())
-
-    def _drop(self, parameters: Iterable[str], kinds: Sequence[str], reason: str) -> None:
-        """These statistics cannot be exact: their sums go, and the table says why."""
-        for row in (self.coverage.rows[parameter] for parameter in parameters):
-            if set(kinds) & set(row.statistics):
-                row.drop(kinds, reason)
-        self.coverage.remove_dropped(self.statistics)
+            masks = batch.masks.of_module
+            self._sums.add_input(given.arrived, given.a, batch.examples, masks)
 
 
 @contextmanager

@@ -8,9 +8,10 @@
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
   A it shares); `info`: `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`,
-  `global_step`, `mask`, `kinds`, `coverage` (a row for each trainable parameter: shape,
-  statistics, reason), `tied`, `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256
-  of the weights that it belongs to), `versions`.
+  `global_step`, `every_n_batches` and `max_examples` (of an epoch) that were captured, `mask`,
+  `kinds`, `coverage` (a row for each trainable parameter: shape, statistics, reason), `tied`,
+  `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256 of the weights that it belongs
+  to), `versions`.
 
 Divide sums by `examples` (A and a by their group's positions) to have what the README defines.
 """

@@ -23,7 +23,8 @@ def new_group() -> distributed.ProcessGroup | None:
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return None
-    return distributed.new_group(backend="gloo")
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo")
+    return group
 
 
 def all_of(value: T, group: distributed.ProcessGroup) -> list[T]:

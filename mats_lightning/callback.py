@@ -1,31 +1,25 @@
-"""MaTSStatsCallback: when to capture, when to save, how to resume."""
+"""MaTSStatsCallback: when to capture, how to resume."""
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from mats_lightning import ranks
+from mats_lightning.accumulation import Accumulation
 from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
@@ -39,8 +33,15 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
-from mats_lightning.sidecar import describe, save_statistics, sidecar_path
-from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
+from mats_lightning.saving import follow_checkpoints
+from mats_lightning.sidecar import describe
+from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.training import (
+    averaging_callback,
+    first_epoch,
+    refuse_unsupported,
+    resumes_exactly,
+)
 
 
 class MaTSStatsCallback(Callback):
@@ -57,6 +58,20 @@ class MaTSStatsCallback(Callback):
     The loss is a sum or mean of its examples' own losses, and the first axis of what a layer is
     given is the examples'. Where the callback sees that a layer's statistics would be wrong, it
     leaves them out and the sidecar's coverage says why.
+
+    Several devices (`strategy="ddp"` in all its forms): each captures its own rows, and whenever
+    a checkpoint is saved the sums of all are added up on rank 0, which writes the sidecar. Rows
+    that Lightning's DistributedSampler repeats, so that all devices have equally many, count as
+    often as they are trained on. A checkpoint that is saved because of an exception has neither
+    sums nor sidecar there, since a device that failed cannot be asked. After a fit with
+    "ddp_spawn" or "ddp_notebook" the processes that had the sums are gone: the checkpoints saved
+    within the fit have sidecars, `trainer.save_checkpoint` after it writes none.
+
+    Manual optimization: give `loss_scale`. The first `manual_backward` of a batch is captured;
+    with several optimizers these are the statistics of the first one's loss.
+
+    Compiled models run without the compiler in the batches that are captured: it does not see
+    hooks that come and go.
 
     Arguments:
         last_n_epochs: epochs to keep.
@@ -75,6 +90,19 @@ class MaTSStatsCallback(Callback):
             takes an example's mean input and summed gradient (exact for a linear layer whose
             outputs are averaged).
         adapted_weights: also A and G of the frozen weights that peft's LoRA layers sit on.
+        loss_scale: what the reduced loss (see loss_reduction) was multiplied by before it was
+            given to Lightning, a positive number or a function of the batch that gives one: 1/4
+            where a training step divides its loss by 4. What Lightning itself multiplies by,
+            for accumulate_grad_batches and a gradient scaler, is known and does not belong here.
+            None is 1 with automatic optimization; with manual optimization it must be given,
+            1.0 where `manual_backward` gets the loss as it is.
+        every_n_batches: capture the first batch of each captured epoch, and every n-th one from
+            there. The others run as if there were no callback.
+        max_examples: stop in each captured epoch after the batch in which this number is
+            reached, on all devices together.
+        sidecar: "all": beside every checkpoint. "last": only beside the latest one; when a
+            sidecar has been written, the one that this fit wrote before goes, also that of a
+            checkpoint that stays, be it the best one. For runs that save many checkpoints.
 
     Raises MisconfigurationException for arguments that do not exist, and at setup for ways of
     training in which the statistics would be wrong.
@@ -90,9 +118,22 @@ class MaTSStatsCallback(Callback):
         max_factor_size: int = 8192,
         weight_sharing: str = "expand",
         adapted_weights: bool = False,
+        loss_scale: float | Callable[[Any], float] | None = None,
+        every_n_batches: int = 1,
+        max_examples: int | None = None,
+        sidecar: Literal["all", "last"] = "all",
     ) -> None:
-        if last_n_epochs < 1:
-            raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
+        for name, number in (
+            ("last_n_epochs", last_n_epochs),
+            ("every_n_batches", every_n_batches),
+            ("max_examples", max_examples),
+        ):
+            if number is not None and number < 1:
+                raise MisconfigurationException(f"{name}={number}; it must be 1 or more")
+        if sidecar not in ("all", "last"):
+            raise MisconfigurationException(f"sidecar={sidecar!r}; choose from 'all', 'last'")
+        if loss_scale is not None and not callable(loss_scale):
+            _checked(loss_scale)
         kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         try:
             find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
@@ -108,23 +149,23 @@ class MaTSStatsCallback(Callback):
         self.weight_sharing = weight_sharing
         self.adapted_weights = adapted_weights
         self._masks: MaskFn = attention_mask  # until the model is known
-        self._coverage: Coverage | None = None
-        self._epochs: dict[int, Statistics] = {}
+        self.loss_scale = loss_scale
+        self.every_n_batches = every_n_batches
+        self.max_examples = max_examples
+        self.sidecar = sidecar
+        self._fit: Accumulation | None = None  # from on_fit_start on
         self._capture: Capture | None = None
+        self._captured = False  # a backward pass of this batch
         self._hooks = ExitStack()
-        self._notes: list[str] = []
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
-        self._first_epoch: int | None = 0  # of the window; None: the last ones are kept
+        self._resumed: list[int] = []  # the epochs that had been captured in it
+        self._group: ProcessGroup | None = None  # the ranks, where there are several
+        self._interrupted = False
 
     @property
     def statistics(self) -> Statistics:
-        """What has been accumulated so far: the sum over the epochs that are kept."""
-        total = Statistics()
-        for epoch in sorted(self._epochs):
-            if self._coverage is not None:  # a later epoch may have shown a sum to be inexact
-                self._coverage.remove_dropped(self._epochs[epoch])
-            total = total + self._epochs[epoch]
-        return total
+        """What this process has accumulated so far: the sum over the epochs that are kept."""
+        return Statistics() if self._fit is None else self._fit.statistics
 
     # -- the fit -----------------------------------------------------------------------------
 
@@ -132,16 +173,11 @@ class MaTSStatsCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _refuse_unsupported(trainer, pl_module)
-        self._coverage, self._capture = None, None
-        self._epochs, self._notes, self._restored = {}, [], None
-        self._first_epoch = self._window(trainer)
-        if averaging := [c for c in trainer.callbacks if isinstance(c, _AVERAGING)]:  # type: ignore[attr-defined]
-            self._note(
-                f"{type(averaging[0]).__name__} saves averaged weights; the statistics are taken"
-                " at the weights that train"
-            )
-        _follow_checkpoints(trainer, self)
+        refuse_unsupported(trainer, pl_module, scale_is_known=self.loss_scale is not None)
+        self._fit, self._capture, self._restored = None, None, None
+        self._resumed, self._interrupted = [], False
+        self._group = ranks.new_group()
+        follow_checkpoints(trainer, partial(self._of_checkpoint, trainer), self.sidecar == "last")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,13 +190,23 @@ class MaTSStatsCallback(Callback):
                 "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
                 f" {type(pl_module).__name__}:\n{coverage.summary()}"
             )
-        self._coverage = coverage
+        first = first_epoch(trainer, self.last_n_epochs)
+        self._fit = Accumulation(coverage, self.last_n_epochs, first)
+        if averaging := averaging_callback(trainer):
+            self._note(
+                f"{type(averaging).__name__} saves averaged weights; the statistics are taken"
+                " at the weights that train"
+            )
         if self._restored is not None:
-            self._restore(self._restored, coverage, pl_module.device)
-        sets = 1 if self._first_epoch is not None else self.last_n_epochs
+            rank, size = trainer.global_rank, trainer.world_size
+            self._fit.restore(self._restored, pl_module.device, rank, size)
+            sums = self._restored["sums"].values()
+            self._resumed = [epoch for fields in sums for epoch in fields["info"]["epochs"]]
+            self._restored = None
+        sets = 1 if first is not None else self.last_n_epochs
         window = (
-            f"from epoch {self._first_epoch} on"
-            if self._first_epoch is not None
+            f"from epoch {first} on"
+            if first is not None
             else f"in every epoch, the last {self.last_n_epochs} kept, since the end of this fit"
             " is not known beforehand or its checkpoint is chosen by a monitored value"
         )
@@ -174,57 +220,116 @@ class MaTSStatsCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._hooks.close()
-        epoch = trainer.current_epoch
-        if self._first_epoch is not None and epoch < self._first_epoch:
+        self._captured = False
+        if not self._wants(trainer.current_epoch, batch_idx, trainer.world_size):
             return
-        capture = self._capture_of(trainer, pl_module, epoch)
+        capture = self._capture_of(trainer, pl_module)
         examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = loss_divisor(self.loss_reduction, batch, examples)
         scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
         if scaler is not None:
             scale /= scaler.get_scale()
+        if self.loss_scale is not None:
+            given = self.loss_scale
+            scale /= _checked(given(batch)) if callable(given) else given
         masks = Masks.of(self._masks(batch))
+        if "torch._dynamo" in sys.modules:  # something may be compiled, and would not see hooks
+            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
 
     @override
-    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         if self._capture is not None:
             self._capture.start_backward()
+        if self._captured and not pl_module.automatic_optimization:
+            self._note("only the first manual_backward of a batch is captured, not those after it")
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._capture is not None and self._capture.active and not self._capture.finish():
-            self._note(
-                f"no gradient came to a covered layer in a batch of epoch {trainer.current_epoch},"
-                " so it is not counted (was the model compiled before this epoch?)"
-            )
+        capture = self._capture
+        if capture is not None and capture.active and self._fit is not None:
+            self._captured = True
+            before = capture.statistics.examples
+            if not capture.finish():
+                self._note(
+                    "no gradient came to a covered layer in a batch of epoch"
+                    f" {trainer.current_epoch}, so it is not counted"
+                )
+            self._fit.examples += capture.statistics.examples - before
         self._hooks.close()
 
     @override
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._hooks.close()  # a training step without a loss has no backward pass
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        waits = self._capture is not None and self._capture.active
+        if waits and not pl_module.automatic_optimization:  # else the step gave no loss
+            self._note("a batch without a manual_backward is not counted")
+        self._hooks.close()
+
+    @override
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._hooks.close()  # the module's on_train_batch_start may have ended the epoch
 
     @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        self._interrupted = True
         self._hooks.close()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._hooks.close()
 
-    # -- resume ------------------------------------------------------------------------------
+    # -- decisions ---------------------------------------------------------------------------
+
+    def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
+        """Whether this batch is captured."""
+        assert self._fit is not None
+        if epoch < (self._fit.first or 0) or batch_idx % self.every_n_batches:
+            return False
+        share = math.inf if self.max_examples is None else self.max_examples / world_size
+        return self._fit.examples_in(epoch) < share
+
+    def _capture_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Capture:
+        """The capture into this epoch's sums."""
+        assert self._fit is not None
+        epoch = trainer.current_epoch
+        if epoch in self._resumed and not resumes_exactly(trainer):
+            self._note(
+                f"resumed in the middle of epoch {epoch} with a data loader that is not"
+                " stateful, or has no length: some rows may count twice, others not at all"
+            )
+        self._resumed = []
+        statistics = self._fit.record(epoch)
+        if self._capture is None or self._capture.statistics is not statistics:
+            self._capture = Capture(self._fit.coverage, statistics)
+            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
+                self._note(
+                    "batch normalisation in training mode couples the examples of a batch:"
+                    " statistics of the layers before it are not exact"
+                )
+        return self._capture
+
+    def _note(self, *notes: str) -> None:
+        assert self._fit is not None
+        for note in self._fit.note(notes):
+            rank_zero_warn(f"MaTSStatsCallback: {note}; the sidecar says so too")
+
+    # -- checkpoints and resume --------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives alone: it is loaded with weights_only=True."""
-        rows = self._coverage.rows.values() if self._coverage else ()
-        return {
-            "kinds": list(self.kinds),
-            "epochs": {key: dict(vars(statistics)) for key, statistics in self._epochs.items()},
-            "rows": {r.name: {"statistics": r.statistics, "reason": r.reason} for r in rows},
-            "notes": list(self._notes),
-        }
+        """Tensors and primitives alone, since it is loaded with weights_only=True.
+
+        With several devices it is this one's; a checkpoint that is saved gets that of all.
+        """
+        return {} if self._fit is None else self._state(self._fit)
+
+    def _state(self, fit: Accumulation) -> dict[str, Any]:
+        return {"kinds": list(self.kinds), **fit.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,172 +340,50 @@ class MaTSStatsCallback(Callback):
             )
         self._restored = state_dict
 
-    def _restore(self, state: dict[str, Any], coverage: Coverage, device: torch.device) -> None:
-        for key, fields in state["epochs"].items():
-            if min(fields["info"]["epochs"]) < (self._first_epoch or 0):
-                continue  # before the window of this fit
-            self._epochs[key] = Statistics(**fields)
-            self._epochs[key].tensors = {
-                name: tensor.to(device) for name, tensor in fields["tensors"].items()
-            }
-        for name, row in state["rows"].items():
-            if name in coverage.rows:
-                coverage.rows[name].statistics = list(row["statistics"])
-                coverage.rows[name].reason = row["reason"]
-        self._notes = list(state["notes"])
-
-    # -- decisions ---------------------------------------------------------------------------
-
-    def _capture_of(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
-    ) -> Capture:
-        """The capture into this epoch's sums; what is before the window goes."""
-        assert self._coverage is not None
-        if self._restored is not None:
-            self._restored = None
-            if epoch in self._captured_epochs() and not _resumes_exactly(trainer):
-                self._note(
-                    f"resumed in the middle of epoch {epoch} with a data loader that is not"
-                    " stateful, or has no length: some rows may count twice, others not at all"
-                )
-        key, start = self._first_epoch, self._first_epoch
-        if key is None or start is None:
-            key, start = epoch, epoch - self.last_n_epochs + 1
-        if key not in self._epochs:
-            self._epochs[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
-            old = [k for k, s in self._epochs.items() if min(s.info["epochs"]) < start]
-            for k in old:
-                del self._epochs[k]
-        statistics = self._epochs[key]
-        if epoch not in statistics.info["epochs"]:
-            statistics.info["epochs"].append(epoch)
-        if self._capture is None or self._capture.statistics is not statistics:
-            self._capture = Capture(self._coverage, statistics)
-            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
-                self._note(
-                    "batch normalisation in training mode couples the examples of a batch:"
-                    " statistics of the layers before it are not exact"
-                )
-        return self._capture
-
-    def _captured_epochs(self) -> list[int]:
-        return sorted({e for sums in self._epochs.values() for e in sums.info["epochs"]})
-
-    def _window(self, trainer: pl.Trainer) -> int | None:
-        """The first epoch to capture, or None when the last epoch is not known beforehand."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        unknown_end = (
-            trainer.max_epochs in (None, -1)
-            or trainer.max_steps != -1
-            or any(isinstance(c, EarlyStopping | Timer) for c in callbacks)
-            or any(isinstance(c, ModelCheckpoint) and c.monitor is not None for c in callbacks)
-        )
-        if unknown_end:
-            return None
-        assert trainer.max_epochs is not None
-        return max(0, trainer.max_epochs - self.last_n_epochs)
-
-    def _note(self, note: str) -> None:
-        if note not in self._notes:
-            self._notes.append(note)
-            rank_zero_warn(f"MaTSStatsCallback: {note}; the sidecar says so too")
-
-    # -- checkpoints -------------------------------------------------------------------------
-
-    def save_beside(self, trainer: pl.Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-        """Write the sidecar of a checkpoint that has just been saved."""
-        if self._coverage is None:
-            return  # stopped before the fit began
-        if trainer.ckpt_path is not None and trainer.state.fn != TrainerFn.FITTING:
-            sidecar_path(path).unlink(missing_ok=True)
-            rank_zero_warn(
-                f"MaTSStatsCallback: no sidecar is written beside {path}: since the fit its weights"
-                f" were loaded from {trainer.ckpt_path}; use that checkpoint and its sidecar"
+    def _of_checkpoint(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Statistics | None:
+        """What belongs into its sidecar, on rank 0; its state becomes that of all ranks."""
+        if self._fit is None:
+            return None  # stopped before the fit began
+        everything: Accumulation | None
+        if incomplete := self._group is not None and self._interrupted:
+            self._note(
+                "a checkpoint was saved because of an exception, with several devices: it has no"
+                " sidecar, and a fit that resumes from it goes on without the sums before it"
             )
-            return
-        statistics = self.statistics
+            everything = replace(self._fit, sums={}, examples=0.0)
+        else:
+            everything = self._fit.of_all_ranks(self._group)
+        if everything is None:
+            return None
+        self._note(*everything.notes)
+        if self.state_key in checkpoint.get("callbacks", {}):
+            checkpoint["callbacks"][self.state_key] = self._state(everything)
+        if incomplete:
+            return None
+        statistics = everything.statistics
         weights = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
         info = describe(
-            self._coverage,
+            everything.coverage,
             statistics,
             weights,
             loss_reduction=self.loss_reduction,
             mask=self._masks,
             mode="train",
             kinds=list(self.kinds),
-            epochs=self._captured_epochs(),
+            epochs=everything.epochs,
             global_step=trainer.global_step,
-            skipped_batches=sum(s.info["skipped_batches"] for s in self._epochs.values()),
-            notes=list(self._notes),
+            every_n_batches=self.every_n_batches,
+            max_examples=self.max_examples,
+            skipped_batches=everything.skipped_batches,
+            notes=everything.notes,
         )
-        try:
-            save_statistics(replace(statistics, info=info), sidecar_path(path))
-        except ValueError as error:  # sums that are not finite: no sidecar is better than these
-            sidecar_path(path).unlink(missing_ok=True)
-            rank_zero_warn(f"MaTSStatsCallback: no sidecar is written: {error}")
+        return replace(statistics, info=info)
 
 
-_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-
-
-def _refuse_unsupported(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Raises MisconfigurationException where the statistics would be wrong."""
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+def _checked(loss_scale: float) -> float:
+    """Raises MisconfigurationException for what no loss can have been multiplied by."""
+    if not 0 < loss_scale < math.inf:
         raise MisconfigurationException(
-            f"MaTSStatsCallback works on a single device so far, not with"
-            f" {type(trainer.strategy).__name__}; train without it and take the statistics"
-            " with collect_statistics(...) in one process"
+            f"loss_scale={loss_scale}; it must be a positive number, what the loss is multiplied by"
         )
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "MaTSStatsCallback needs automatic optimization: with manual_backward it cannot know"
-            " the scale of each loss; take the statistics with collect_statistics(...) instead"
-        )
-
-
-def _resumes_exactly(trainer: pl.Trainer) -> bool:
-    """Whether Lightning can put the training data loader back to the middle of an epoch.
-
-    It must know its place; of one without a length Lightning reads a batch ahead, which is lost.
-    """
-    loaders = CombinedLoader(trainer.train_dataloader).flattened
-    return all(
-        hasattr(x, "state_dict") and hasattr(x, "load_state_dict") and sized_len(x) is not None
-        for x in loaders
-    )
-
-
-def _follow_checkpoints(trainer: pl.Trainer, callback: MaTSStatsCallback) -> None:
-    """Let a sidecar follow every checkpoint that the trainer's strategy saves or removes.
-
-    No callback hook knows the path, and none runs with save_weights_only, so the two methods of
-    the strategy are wrapped. They stay wrapped after the fit: `trainer.save_checkpoint` is
-    usually called then.
-    """
-    strategy = trainer.strategy
-    save: Callable[..., None] = strategy.save_checkpoint
-    remove: Callable[..., None] = strategy.remove_checkpoint
-    save = getattr(save, "unwrapped", save)  # of an earlier fit
-    remove = getattr(remove, "unwrapped", remove)
-
-    def save_checkpoint(
-        checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
-        save(checkpoint, filepath, storage_options=storage_options)
-        if "://" in str(filepath):
-            rank_zero_warn(
-                f"MaTSStatsCallback: no sidecar is written beside {filepath}: it is not a local"
-                " path; save the checkpoint into a local folder and copy both files"
-            )
-            return
-        callback.save_beside(trainer, checkpoint, Path(filepath))
-
-    def remove_checkpoint(filepath: str | Path) -> None:
-        remove(filepath)
-        if "://" not in str(filepath):
-            sidecar_path(filepath).unlink(missing_ok=True)
-
-    save_checkpoint.unwrapped = save  # type: ignore[attr-defined]
-    remove_checkpoint.unwrapped = remove  # type: ignore[attr-defined]
-    strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
-    strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
+    return float(loss_scale)

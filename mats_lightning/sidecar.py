@@ -11,11 +11,12 @@
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
   A it shares); `info`: `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`,
-  `global_step`, `mask`, `kinds`, `weight_sharing` (expand or reduce), `coverage` (a row for each
-  trainable parameter: shape, statistics, reason), `transposed` (modules whose weight is stored
-  as (d_in, d_out)), `groups` (convolution -> its groups, where there are several), `blocks`
-  (module -> into how many blocks A and G are cut, where they are), `tied`, `skipped_batches`,
-  `notes`, `digest` (covered parameter -> SHA-256 of the weights that it belongs to), `versions`.
+  `global_step`, `every_n_batches` and `max_examples` (of an epoch) that were captured, `mask`,
+  `kinds`, `weight_sharing` (expand or reduce), `coverage` (a row for each trainable parameter:
+  shape, statistics, reason), `transposed` (modules whose weight is stored as (d_in, d_out)),
+  `groups` (convolution -> its groups, where there are several), `blocks` (module -> into how many
+  blocks A and G are cut, where they are), `tied`, `skipped_batches`, `notes`, `digest` (covered
+  parameter -> SHA-256 of the weights that it belongs to), `versions`.
 
 Divide sums by `examples` (A and a by their group's positions) to have what the README defines.
 """

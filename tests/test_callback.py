@@ -78,9 +78,19 @@ def fit(
     defaults: dict[str, Any] = {"max_epochs": 1, "default_root_dir": tmp_path}
     trainer = L.Trainer(callbacks=list(callbacks), **(defaults | QUIET | options))
     train = loader(batches) if isinstance(batches, list) else batches
-    trainer.fit(module, train, loader(validate) if validate else None, ckpt_path=ckpt_path)
-    assert hooks(module) == 0
+    before = all_hooks(module)
+    try:
+        trainer.fit(module, train, loader(validate) if validate else None, ckpt_path=ckpt_path)
+    finally:
+        assert all_hooks(module) == before
     return trainer
+
+
+def all_hooks(module: nn.Module) -> int:
+    """On modules and parameters, of every kind that torch has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    on_modules = sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
+    return on_modules + sum(len(p._backward_hooks or ()) for p in module.parameters())
 
 
 def oracle(module: Module, batches: Sequence[Batch]) -> Expected:
@@ -517,6 +527,8 @@ def test_a_sidecar_says_how_it_came_about(tmp_path: Path) -> None:
         "mask": "padding",
         "kinds": ["kfac", "block_fisher"],
         "tied": {},
+        "every_n_batches": 1,
+        "max_examples": None,
         "skipped_batches": 0,
         "notes": [],
     }
@@ -592,10 +604,37 @@ def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
-    callback = MaTSStatsCallback()
-    fit(Module(MLP()), in_single(vectors()), tmp_path, callback, fast_dev_run=True)
-    assert callback.statistics.examples == 4
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    fit(module, vectors(), tmp_path, callback, fast_dev_run=True, precision="64-true")
+    assert_equals(callback.statistics, oracle(module, vectors()[:1]), 1e-9, [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save_last", [False, True])
+def test_the_last_sidecar_alone_is_kept(save_last: bool, tmp_path: Path) -> None:
+    module, callback = Module(MLP(), lr=0.1), MaTSStatsCallback(sidecar="last")
+    each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_last=save_last)
+    there: list[list[str]] = []
+
+    class Looking(L.Callback):
+        def on_train_epoch_start(self, *args: Any) -> None:
+            there.append(sorted(path.name for path in tmp_path.glob("*.safetensors")))
+
+    options: dict[str, Any] = {"max_epochs": 3, "max_steps": 9}
+    trainer = fit(module, in_single(vectors()), tmp_path, callback, each, Looking(), **options)
+    names = ["last.ckpt"] * 3 if save_last else [f"epoch={epoch}.ckpt" for epoch in range(3)]
+    assert there == [[], *([f"{name}.mats.safetensors"] for name in names[:2])]
+    path = tmp_path / names[2]
+    assert list(tmp_path.glob("*.safetensors")) == [sidecar_path(path)]
+    check_belongs(load_statistics(path), state_dict(path), "it")
+    for _ in range(2):  # the same one again is not removed
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        assert list(tmp_path.glob("*.safetensors")) == [sidecar_path(tmp_path / "end.ckpt")]
+    # those of an earlier fit are not this one's to remove
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader(in_single(vectors())))
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    assert sidecar_path(tmp_path / "end.ckpt").exists()
 
 
 # -- stopped and resumed -------------------------------------------------------------------------
@@ -844,6 +883,11 @@ def test_the_statistics_of_bert_are_exact(tmp_path: Path) -> None:
         ({"statistics": []}, "no statistic is chosen"),
         ({"statistics": "hessian"}, "no statistic is called 'hessian'"),
         ({"loss_reduction": "average"}, "loss_reduction='average'; choose from mean, sum"),
+        ({"loss_scale": 0.0}, "loss_scale=0.0; it must be a positive number"),
+        ({"loss_scale": float("nan")}, "loss_scale=nan; it must be a positive number"),
+        ({"every_n_batches": 0}, "every_n_batches=0; it must be 1 or more"),
+        ({"max_examples": 0}, "max_examples=0; it must be 1 or more"),
+        ({"sidecar": "best"}, "sidecar='best'; choose from 'all', 'last'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -862,20 +906,6 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     callbacks = [MaTSStatsCallback(statistics=["gram"]), MaTSStatsCallback()]
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `MaTSStats"):
         fit(Module(MLP()), in_single(vectors()), tmp_path, *callbacks)
-
-
-def test_manual_optimization_is_refused(tmp_path: Path) -> None:
-    module = Module(MLP())
-    module.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="needs automatic optimization"):
-        fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
-
-
-def test_more_than_one_device_is_refused() -> None:
-    callback = MaTSStatsCallback()
-    trainer = L.Trainer(strategy="ddp", devices=2, callbacks=[callback], **QUIET)
-    with pytest.raises(MisconfigurationException, match="a single device so far, not with DDP"):
-        callback.setup(trainer, Module(MLP()), "fit")
 
 
 def test_a_model_without_covered_layers_is_refused(tmp_path: Path) -> None:

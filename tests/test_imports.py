@@ -18,7 +18,21 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"statistics"},
     "capture": {"batches", "broadcast", "statistics", "verification"},
     "sidecar": {"batches", "statistics"},
-    "callback": {"batches", "capture", "names", "sidecar", "statistics"},
+    "ranks": {"statistics"},
+    "accumulation": {"ranks", "statistics"},
+    "saving": {"sidecar", "statistics"},
+    "training": set(),
+    "callback": {
+        "accumulation",
+        "batches",
+        "capture",
+        "names",
+        "ranks",
+        "saving",
+        "sidecar",
+        "statistics",
+        "training",
+    },
     "collect": {"batches", "capture", "names", "sidecar", "statistics"},
     "operators": set(),
     "solvers": set(),
@@ -32,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"callback", "collect", "merging", "module", "sidecar", "statistics", "tasks"},
     "__main__": set(),
 }
-KNOW_LIGHTNING = {"callback", "collect", "module", "tasks"}
+KNOW_LIGHTNING = {"callback", "collect", "module", "saving", "tasks", "training"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 NO_NAMES = {"utils", "util", "base", "helpers", "helper", "common", "misc", "managers", "factories"}
 
@@ -121,7 +135,18 @@ def test_who_knows_lightning() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["statistics", "capture", "sidecar", "operators", "solvers", "merging", "checkpoints"]
+    "name",
+    [
+        "statistics",
+        "capture",
+        "ranks",
+        "accumulation",
+        "sidecar",
+        "operators",
+        "solvers",
+        "merging",
+        "checkpoints",
+    ],
 )
 def test_who_knows_it_through_nobody_either(name: str) -> None:
     reached, new = set[str](), {name}

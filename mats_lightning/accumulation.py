@@ -1,0 +1,127 @@
+"""What a fit has accumulated: the sums of its last epochs, what was dropped from them, notes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from mats_lightning import ranks
+from mats_lightning.statistics import Coverage, Statistics
+
+
+@dataclass(eq=False)
+class Accumulation:
+    """One record of sums from epoch `first` on; or (None) one for each of the `kept` last epochs.
+
+    In each record's `info` are "epochs", those that are in it, and "skipped_batches".
+    """
+
+    coverage: Coverage
+    kept: int
+    first: int | None
+    sums: dict[int, Statistics] = field(default_factory=dict)  # by the epoch that a record begins
+    epoch: int = -1  # the latest one of which something is in the sums
+    examples: float = 0.0  # of that epoch; after a resume with several ranks, a share of those
+    notes: list[str] = field(default_factory=list)
+
+    def record(self, epoch: int) -> Statistics:
+        """The sums to which this epoch is added; what is before the window goes."""
+        if epoch != self.epoch:
+            self.epoch, self.examples = epoch, 0.0
+        key, start = self.first, self.first
+        if key is None or start is None:
+            key, start = epoch, epoch - self.kept + 1
+        if key not in self.sums:
+            self.sums[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
+            for old in [k for k, s in self.sums.items() if min(s.info["epochs"]) < start]:
+                del self.sums[old]
+        statistics = self.sums[key]
+        if epoch not in statistics.info["epochs"]:
+            statistics.info["epochs"].append(epoch)
+        return statistics
+
+    def examples_in(self, epoch: int) -> float:
+        return self.examples if epoch == self.epoch else 0.0
+
+    def note(self, notes: Iterable[str]) -> list[str]:
+        """Those of them that are new."""
+        new = [note for note in dict.fromkeys(notes) if note not in self.notes]
+        self.notes += new
+        return new
+
+    # -- the total -----------------------------------------------------------------------------
+
+    @property
+    def statistics(self) -> Statistics:
+        """The sum of the records, without what has turned out to be inexact."""
+        total = Statistics()
+        for key in sorted(self.sums):
+            self.coverage.remove_dropped(self.sums[key])  # a later epoch may have shown it to be
+            total = total + self.sums[key]
+        return total
+
+    @property
+    def epochs(self) -> list[int]:
+        return sorted({epoch for sums in self.sums.values() for epoch in sums.info["epochs"]})
+
+    @property
+    def skipped_batches(self) -> int:
+        return sum(sums.info["skipped_batches"] for sums in self.sums.values())
+
+    def of_all_ranks(self, group: ProcessGroup | None) -> "Accumulation | None":
+        """What all ranks have accumulated together, on rank 0; None on the others.
+
+        Collective. What one rank has dropped, all have then, so that their sums cover the same.
+        """
+        if group is None:
+            return self
+        everyone = ranks.all_of((self._rows(), self.notes, self.epoch, self.examples), group)
+        for rows, _, _, _ in everyone:
+            self._drop_as_in(rows)
+        for sums in self.sums.values():
+            self.coverage.remove_dropped(sums)
+        total = ranks.add_up(self.sums, group)
+        if total is None:
+            return None
+        notes = list(dict.fromkeys(note for _, notes, _, _ in everyone for note in notes))
+        epoch = max(epoch for _, _, epoch, _ in everyone)
+        examples = sum(count for _, _, of, count in everyone if of == epoch)
+        return replace(self, sums=total, epoch=epoch, examples=examples, notes=notes)
+
+    # -- resume --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and primitives alone."""
+        return {
+            "sums": {key: dict(vars(statistics)) for key, statistics in self.sums.items()},
+            "epoch": self.epoch,
+            "examples": self.examples,
+            "rows": self._rows(),
+            "notes": list(self.notes),
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device, rank: int, size: int) -> None:
+        """Go on from the state of all ranks, as one of `size` of them.
+
+        The sums go to rank 0 alone: on every rank they would count `size` times.
+        """
+        self.epoch, self.examples = state["epoch"], state["examples"] / size
+        self._drop_as_in(state["rows"])
+        self.notes = list(dict.fromkeys([*state["notes"], *self.notes]))
+        for key, fields in state["sums"].items() if rank == 0 else ():
+            if min(fields["info"]["epochs"]) < (self.first or 0):
+                continue  # before the window of this fit
+            tensors = {name: tensor.to(device) for name, tensor in fields["tensors"].items()}
+            self.sums[key] = Statistics(**{**fields, "tensors": tensors})
+
+    def _rows(self) -> dict[str, Any]:
+        rows = self.coverage.rows.values()
+        return {r.name: {"statistics": list(r.statistics), "reason": r.reason} for r in rows}
+
+    def _drop_as_in(self, rows: Mapping[str, Any]) -> None:
+        """What turned out to be inexact there is left out here, too."""
+        for name, row in self.coverage.rows.items():
+            if name in rows and (lost := set(row.statistics) - set(rows[name]["statistics"])):
+                row.drop(lost, rows[name]["reason"])

@@ -1,0 +1,92 @@
+"""A sidecar follows every checkpoint that a trainer saves or removes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mats_lightning.sidecar import save_statistics, sidecar_path
+from mats_lightning.statistics import Statistics
+
+
+def follow_checkpoints(
+    trainer: pl.Trainer,
+    statistics_of: Callable[[dict[str, Any]], Statistics | None],
+    last_only: bool,
+) -> None:
+    """Write `statistics_of(checkpoint)` beside each checkpoint; remove it with the checkpoint.
+
+    `statistics_of` is called on every rank before the checkpoint is written, and may change it;
+    rank 0 writes what it gives there, unless that is None. With `last_only` a sidecar goes when
+    the next one has been written.
+
+    No callback hook knows the path, and none runs with save_weights_only, so the two methods of
+    the trainer's strategy are wrapped. They stay wrapped after the fit: `trainer.save_checkpoint`
+    is usually called then.
+    """
+    strategy = trainer.strategy
+    save: Callable[..., None] = strategy.save_checkpoint
+    remove: Callable[..., None] = strategy.remove_checkpoint
+    save = getattr(save, "unwrapped", save)  # of an earlier fit
+    remove = getattr(remove, "unwrapped", remove)
+    previous: Path | None = None
+
+    def save_checkpoint(
+        checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        nonlocal previous
+        statistics = statistics_of(checkpoint)
+        save(checkpoint, filepath, storage_options=storage_options)
+        if not trainer.is_global_zero or not _has_place(filepath):
+            return
+        path = sidecar_path(filepath)
+        if not _write(trainer, statistics, path):
+            path.unlink(missing_ok=True)  # of a checkpoint that was overwritten
+            return
+        if last_only and previous is not None and previous != path:
+            previous.unlink(missing_ok=True)
+        previous = path
+
+    def remove_checkpoint(filepath: str | Path) -> None:
+        remove(filepath)
+        if trainer.is_global_zero and _is_local(filepath):
+            sidecar_path(filepath).unlink(missing_ok=True)
+
+    save_checkpoint.unwrapped = save  # type: ignore[attr-defined]
+    remove_checkpoint.unwrapped = remove  # type: ignore[attr-defined]
+    strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
+
+
+def _write(trainer: pl.Trainer, statistics: Statistics | None, path: Path) -> bool:
+    """Whether there is a sidecar now; a warning says why not."""
+    if statistics is None:
+        return False
+    if trainer.ckpt_path is not None and trainer.state.fn != TrainerFn.FITTING:
+        rank_zero_warn(
+            f"MaTSStatsCallback: no sidecar is written at {path}: since the fit its weights were"
+            f" loaded from {trainer.ckpt_path}; use that checkpoint and its sidecar"
+        )
+        return False
+    try:
+        save_statistics(statistics, path)
+    except ValueError as error:  # sums that are not finite: no sidecar is better than these
+        rank_zero_warn(f"MaTSStatsCallback: no sidecar is written: {error}")
+        return False
+    return True
+
+
+def _has_place(filepath: str | Path) -> bool:
+    if not _is_local(filepath):
+        rank_zero_warn(
+            f"MaTSStatsCallback: no sidecar is written beside {filepath}: it is not a local"
+            " path; save the checkpoint into a local folder and copy both files"
+        )
+    return _is_local(filepath)
+
+
+def _is_local(filepath: str | Path) -> bool:
+    return "://" not in str(filepath)

@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
@@ -37,6 +38,14 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
+from mats_lightning.sampled import (
+    Fisher,
+    LogitsFn,
+    capture_sampled,
+    choose_fisher,
+    fisher_info,
+    unchanged_buffers,
+)
 from mats_lightning.sidecar import describe, save_statistics, sidecar_path
 from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
 
@@ -60,13 +69,18 @@ class MaTSStatsCallback(Callback):
         last_n_epochs: epochs to keep.
         statistics: any of "diagonal_fisher", "gram", "kfac", "block_fisher".
         loss_reduction: how the training loss is reduced: "mean" over examples, "sum",
-            "token_mean" (over labels that are not -100), or a function of the batch that gives
-            what the loss was divided by.
+            "token_mean" (over labels that are not -100), "next_token_mean" (over labels[:, 1:]
+            that are not -100), or a function of the batch that gives what the loss was divided by.
         mask_fn: batch -> (N, R) bool, true where a position counts, or None. The default takes a
             Hugging Face batch's "attention_mask". It applies to layers whose input has that
             leading shape.
         batch_size_fn: batch -> number of examples, for batches whose tensors do not agree.
         max_factor_size: larger matrices (a vocabulary's, say) are left out, and named.
+        fisher: "empirical", with the labels of the data, or "sampled", with labels drawn from the
+            model's own prediction (see `mats_lightning.sampled`): a forward and backward pass more
+            for each captured batch, in training mode as the training step is.
+        logits_fn, seed, draws: with fisher="sampled", as in collect_statistics; logits_fn is
+            called with the LightningModule.
 
     Raises MisconfigurationException for arguments that do not exist, and at setup for ways of
     training in which the statistics would be wrong.
@@ -80,6 +94,10 @@ class MaTSStatsCallback(Callback):
         mask_fn: MaskFn | None = None,
         batch_size_fn: BatchSizeFn | None = None,
         max_factor_size: int = 8192,
+        fisher: Fisher = "empirical",
+        logits_fn: LogitsFn | None = None,
+        seed: int = 0,
+        draws: int = 1,
     ) -> None:
         if last_n_epochs < 1:
             raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
@@ -87,6 +105,7 @@ class MaTSStatsCallback(Callback):
         try:
             find_coverage(nn.Module(), kinds, max_factor_size)
             check_loss_reduction(loss_reduction)
+            self.sampling = choose_fisher(fisher, logits_fn, seed, draws)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.last_n_epochs = last_n_epochs
@@ -164,11 +183,30 @@ class MaTSStatsCallback(Callback):
         capture = self._capture_of(trainer, pl_module, epoch)
         examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        mask = (self.mask_fn or attention_mask)(batch)
+        if self.sampling is not None:
+            with (
+                isolate_rng(),
+                unchanged_buffers(pl_module),
+                trainer.precision_plugin.train_step_context(),
+            ):
+                counted = capture_sampled(
+                    capture,
+                    pl_module,
+                    batch,
+                    self.sampling.logits_fn,
+                    self.sampling.generators(trainer.global_rank, epoch, batch_idx),
+                    examples=examples,
+                    mask=mask,
+                    loss_scale=None if scaler is None else scaler.get_scale(),
+                )
+            if not counted:
+                self._note_uncounted(epoch)
+            return
         scale = loss_divisor(self.loss_reduction, batch, examples)
         scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
         if scaler is not None:
             scale /= scaler.get_scale()
-        mask = (self.mask_fn or attention_mask)(batch)
         self._hooks.enter_context(capture.batch(examples, scale, mask, defer=scaler is not None))
 
     @override
@@ -179,10 +217,7 @@ class MaTSStatsCallback(Callback):
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._capture is not None and self._capture.active and not self._capture.finish():
-            self._note(
-                f"no gradient came to a covered layer in a batch of epoch {trainer.current_epoch},"
-                " so it is not counted (was the model compiled before this epoch?)"
-            )
+            self._note_uncounted(trainer.current_epoch)
         self._hooks.close()
 
     @override
@@ -205,6 +240,7 @@ class MaTSStatsCallback(Callback):
         rows = self._coverage.rows.values() if self._coverage else ()
         return {
             "kinds": list(self.kinds),
+            "fisher": fisher_info(self.sampling),
             "epochs": {key: dict(vars(statistics)) for key, statistics in self._epochs.items()},
             "rows": {r.name: {"statistics": r.statistics, "reason": r.reason} for r in rows},
             "notes": list(self._notes),
@@ -216,6 +252,12 @@ class MaTSStatsCallback(Callback):
             raise MisconfigurationException(
                 f"the checkpoint's statistics are {state_dict['kinds']}, this callback takes"
                 f" {list(self.kinds)}: resume with the same choice"
+            )
+        fisher = fisher_info(self.sampling)
+        if state_dict["fisher"] != fisher:
+            raise MisconfigurationException(
+                f"the checkpoint's statistics are of {state_dict['fisher']}, this callback takes"
+                f" {fisher}: resume with the same choice"
             )
         self._restored = state_dict
 
@@ -289,6 +331,12 @@ class MaTSStatsCallback(Callback):
             self._notes.append(note)
             rank_zero_warn(f"MaTSStatsCallback: {note}; the sidecar says so too")
 
+    def _note_uncounted(self, epoch: int) -> None:
+        self._note(
+            f"no gradient came to a covered layer in a batch of epoch {epoch},"
+            " so it is not counted (was the model compiled before this epoch?)"
+        )
+
     # -- checkpoints -------------------------------------------------------------------------
 
     def save_beside(self, trainer: pl.Trainer, checkpoint: dict[str, Any], path: Path) -> None:
@@ -308,7 +356,7 @@ class MaTSStatsCallback(Callback):
             self._coverage,
             statistics,
             weights,
-            loss_reduction=self.loss_reduction,
+            loss_reduction="sum" if self.sampling else self.loss_reduction,
             mask=self.mask_fn or attention_mask,
             mode="train",
             kinds=list(self.kinds),
@@ -316,6 +364,7 @@ class MaTSStatsCallback(Callback):
             global_step=trainer.global_step,
             skipped_batches=sum(s.info["skipped_batches"] for s in self._epochs.values()),
             notes=list(self._notes),
+            **fisher_info(self.sampling),
         )
         try:
             save_statistics(replace(statistics, info=info), sidecar_path(path))

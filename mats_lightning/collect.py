@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from rich.progress import track
 from torch import Tensor, nn
 
+from mats_lightning import huggingface
 from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
@@ -20,6 +22,14 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
+from mats_lightning.sampled import (
+    Fisher,
+    LogitsFn,
+    capture_sampled,
+    choose_fisher,
+    fisher_info,
+    go_back,
+)
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
@@ -31,8 +41,12 @@ def collect_statistics(
     batches: Iterable[Any],
     *,
     statistics: Sequence[str] = KINDS,
+    fisher: Fisher = "empirical",
     loss_fn: LossFn | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: LossReduction | None = None,
+    logits_fn: LogitsFn | None = None,
+    seed: int = 0,
+    draws: int = 1,
     mask_fn: MaskFn | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     max_factor_size: int = 8192,
@@ -47,18 +61,41 @@ def collect_statistics(
 
     Arguments:
         model: a LightningModule, whose training_step gives the loss, or any torch module.
-        batches: a DataLoader or any iterable of batches, of labelled training rows.
+        batches: a DataLoader or any iterable of batches, of training rows; labelled ones, unless
+            labels are sampled.
+        fisher: "empirical", with the labels of the data, or "sampled", with labels drawn from the
+            model's own prediction (see `mats_lightning.sampled`).
         loss_fn: (model, batch) -> the reduced loss. The default is a LightningModule's
             training_step, and for other modules Hugging Face's `model(**batch).loss`.
-        max_examples: stop after the batch in which this number is reached.
+        loss_reduction: how the loss is reduced, as in MaTSStatsCallback. The default is found
+            from the first batch for `model(**batch).loss`, and is "mean" otherwise.
+        logits_fn: with fisher="sampled", (model, batch) -> logits (N, C), or (N, R, C) for a
+            label at each position that the mask leaves, or a pair (logits, mask (N, R)) where
+            labels are drawn at other positions. The default is Hugging Face's
+            `model(**batch).logits`, labels left out; a LightningModule needs one.
+        seed: of the drawn labels; the global random state is not used.
+        draws: labels drawn for each row, each with a pass of its own. A row counts as so many
+            examples.
+        max_examples: stop after the batch in which this number of rows is reached.
         progress: show a progress bar.
-        statistics, loss_reduction, mask_fn, batch_size_fn, max_factor_size: as in
-            MaTSStatsCallback.
+        statistics, mask_fn, batch_size_fn, max_factor_size: as in MaTSStatsCallback.
 
-    Raises ValueError for choices that do not exist, a loss without gradient, or no batches.
+    Raises ValueError for choices that do not exist or do not go together, a loss or logits
+    without gradient, a loss that is not finite, or no batches.
     """
-    check_loss_reduction(loss_reduction)
-    coverage = find_coverage(model, statistics, max_factor_size)
+    if fisher == "sampled" and (loss_fn is not None or loss_reduction is not None):
+        raise ValueError(
+            "fisher='sampled' has a loss of its own, that of the labels it draws: leave loss_fn"
+            " and loss_reduction out, or take fisher='empirical'"
+        )
+    if loss_reduction is not None:
+        check_loss_reduction(loss_reduction)
+    lightning = isinstance(model, pl.LightningModule)
+    if fisher == "sampled" and not lightning:
+        logits_fn = logits_fn or huggingface.logits_of
+    sampling = choose_fisher(fisher, logits_fn, seed, draws)
+    kinds = [statistics] if isinstance(statistics, str) else list(statistics)
+    coverage = find_coverage(model, kinds, max_factor_size)
     sums = Statistics({}, info={})
     capture = Capture(coverage, sums)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -69,17 +106,34 @@ def collect_statistics(
         )
     device = trainable[0].device
     mask = mask_fn or attention_mask
+    reduction: LossReduction = "sum" if sampling else loss_reduction or "mean"
+    generators = sampling.generators() if sampling else []
+    rows = 0
     with _evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
-            batch = _to_device(batch, device)
+            batch = _to_device(model, batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
-            scale = loss_divisor(loss_reduction, batch, examples)
-            with capture.batch(examples, scale, mask(batch)):
-                loss = _loss(model, batch, index, loss_fn)
-                capture.start_backward()
-                torch.autograd.grad(loss, trainable, allow_unused=True)
-                capture.finish()
-            if max_examples is not None and sums.examples >= max_examples:
+            if sampling is not None:
+                capture_sampled(
+                    capture,
+                    model,
+                    batch,
+                    sampling.logits_fn,
+                    generators,
+                    examples=examples,
+                    mask=mask(batch),
+                )
+            else:
+                if index == 0 and loss_fn is None and not lightning:
+                    reduction = _reduction(model, batch, loss_reduction)
+                scale = loss_divisor(reduction, batch, examples)
+                with capture.batch(examples, scale, mask(batch)):
+                    loss = _loss(model, batch, index, loss_fn)
+                    capture.start_backward()
+                    go_back(loss, trainable)
+                    capture.finish()
+            rows += examples
+            if max_examples is not None and rows >= max_examples:
                 break
     if not sums.examples:
         raise ValueError("no example was seen: the batches are empty, or no gradient came back")
@@ -88,15 +142,39 @@ def collect_statistics(
         coverage,
         sums,
         weights,
-        loss_reduction=loss_reduction,
+        loss_reduction=reduction,
         mask=mask,
         mode="eval",
-        kinds=list(statistics),
+        kinds=kinds,
         epochs=[],
         skipped_batches=0,
         notes=[],
+        **fisher_info(sampling),
     )
     return sums
+
+
+def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> LossReduction:
+    """Of `model(**batch).loss`: what was given, unless the loss shows another; or what it shows."""
+    with torch.no_grad():
+        output = huggingface.output_of(model, batch)
+    _check_finite(output.loss, 0)
+    found = huggingface.reduction_of(output, batch.get("labels"))
+    if given is not None:
+        if isinstance(given, str) and found not in (None, given):
+            raise ValueError(
+                f"loss_reduction={given!r}, and the loss of {type(model).__name__} in the first"
+                f" batch is a {found!r}: leave loss_reduction out, or pass {found!r}"
+            )
+        return given
+    if found is None:
+        raise ValueError(
+            f"how the loss of {type(model).__name__} is reduced cannot be told from the first"
+            " batch: pass loss_reduction='mean' (over examples), 'token_mean' (over labels that are"
+            " not -100), 'next_token_mean' (over labels[:, 1:] that are not -100), or a function"
+            " of the batch that gives what the loss was divided by"
+        )
+    return found
 
 
 def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
@@ -106,13 +184,22 @@ def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> T
         output = model.training_step(batch, index)
         loss = output["loss"] if isinstance(output, Mapping) else output
     else:
-        loss = model(**batch).loss
+        loss = huggingface.output_of(model, batch).loss
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         raise ValueError(
             f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
             " pass loss_fn=lambda model, batch: ..., and labels in the batch"
         )
+    _check_finite(loss, index)
     return loss
+
+
+def _check_finite(loss: Tensor, index: int) -> None:
+    if not torch.isfinite(loss).all():
+        raise ValueError(
+            f"the loss of batch {index} is {loss.tolist()}, which would spoil all sums: look for"
+            " rows without a label (all -100) or weights that are not finite"
+        )
 
 
 @contextmanager
@@ -139,12 +226,10 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     )
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors in mappings and sequences, moved."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch
+def _to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """As Lightning does it: named tuples, a tokenizer's BatchEncoding, a module's own hooks."""
+    if not isinstance(model, pl.LightningModule):
+        return move_data_to_device(batch, device)
+    batch = model.on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = model.transfer_batch_to_device(batch, device, dataloader_idx=0)
+    return model.on_after_batch_transfer(batch, dataloader_idx=0)

@@ -7,7 +7,8 @@
   symmetric (d, d) matrix: d (d + 1) / 2 numbers; "a/<group>" (d_in,), the sum of the inputs;
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
-  A it shares); `info`: `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`,
+  A it shares); `info`: `fisher` (empirical, or sampled with its `seeds` and `draws`: each row
+  counts as that many examples), `loss_reduction`, `mode` (train or eval), `epochs`,
   `global_step`, `mask`, `kinds`, `coverage` (a row for each trainable parameter: shape,
   statistics, reason), `tied`, `skipped_batches`, `notes`, `digest` (covered parameter -> SHA-256
   of the weights that it belongs to), `versions`.

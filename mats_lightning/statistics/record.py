@@ -103,6 +103,12 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         if not self.examples or not other.examples:
             return other if other.examples else self
+        fishers = [s.info["fisher"] for s in (self, other) if "fisher" in s.info]
+        if len(set(fishers)) > 1:
+            raise ValueError(
+                f"these statistics are of two matrices: the {fishers[0]} Fisher and the"
+                f" {fishers[1]} Fisher; take both parts with the same `fisher`"
+            )
         of_inputs = (f"{INPUT}/", f"{INPUT_SUM}/")
         kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
         theirs = {key for key in other.tensors if not key.startswith(of_inputs)}
@@ -134,7 +140,7 @@ class Statistics:
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """What is counted or listed is of both; the rest (digest, versions) is of the first."""
     info = {**second, **first}
-    for name in {"epochs", "notes"} & set(info):
+    for name in {"epochs", "notes", "seeds", "draws"} & set(info):
         both = [*first.get(name, ()), *second.get(name, ())]
         info[name] = list(dict.fromkeys(both))
     if "skipped_batches" in info:

@@ -293,7 +293,8 @@ class MaTSStatsCallback(Callback):
         if key is None or start is None:
             key, start = epoch, epoch - self.last_n_epochs + 1
         if key not in self._epochs:
-            self._epochs[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
+            info = {"epochs": [epoch], "skipped_batches": 0, **fisher_info(self.sampling)}
+            self._epochs[key] = Statistics({}, info=info)
             old = [k for k, s in self._epochs.items() if min(s.info["epochs"]) < start]
             for k in old:
                 del self._epochs[k]

@@ -81,7 +81,7 @@ def collect_statistics(
         statistics, mask_fn, batch_size_fn, max_factor_size: as in MaTSStatsCallback.
 
     Raises ValueError for choices that do not exist or do not go together, a loss or logits
-    without gradient, a loss that is not finite, or no batches.
+    without gradient, a loss that is not finite, a batch that no covered layer sees, or no batches.
     """
     if fisher == "sampled" and (loss_fn is not None or loss_reduction is not None):
         raise ValueError(
@@ -114,7 +114,7 @@ def collect_statistics(
             batch = _to_device(model, batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
             if sampling is not None:
-                capture_sampled(
+                counted = capture_sampled(
                     capture,
                     model,
                     batch,
@@ -131,12 +131,18 @@ def collect_statistics(
                     loss = _loss(model, batch, index, loss_fn)
                     capture.start_backward()
                     go_back(loss, trainable)
-                    capture.finish()
+                    counted = capture.finish()
+            if not counted:
+                raise ValueError(
+                    f"no gradient came to a covered layer of {type(model).__name__} in batch"
+                    f" {index}: is its output made of another module? (A model that was compiled"
+                    " and has run already calls no hooks: pass the module that was compiled.)"
+                )
             rows += examples
             if max_examples is not None and rows >= max_examples:
                 break
     if not sums.examples:
-        raise ValueError("no example was seen: the batches are empty, or no gradient came back")
+        raise ValueError("no example was seen: `batches` is empty (a generator that is used up?)")
     weights = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     sums.info = describe(
         coverage,

@@ -167,6 +167,28 @@ def test_no_batches_and_no_covered_layer() -> None:
         collect_statistics(nn.Conv1d(1, 1, 1), [], progress=False)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_compiled_model(fisher: Any) -> None:
+    """As long as it has not run: then it has no hooks, and is refused."""
+    options: dict[str, Any] = {
+        "empirical": {"loss_fn": lambda model, batch: model(batch).mean()},
+        "sampled": {
+            "logits_fn": lambda model, batch: model(batch).outer(torch.arange(3.0).double())
+        },
+    }[fisher]
+    model = MLP().double()
+    wanted = collect_statistics(model, vectors(), fisher=fisher, progress=False, **options)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    found = collect_statistics(compiled, vectors(), fisher=fisher, progress=False, **options)
+    assert_close(found.tensors, wanted.tensors, 1e-12)
+    torch.compiler.reset()
+    compiled = torch.compile(model.eval(), backend="eager")
+    compiled(vectors()[0])
+    with pytest.raises(ValueError, match=r"in batch 0: .* pass the module that was compiled"):
+        collect_statistics(compiled, vectors(), fisher=fisher, progress=False, **options)
+
+
 # -- Hugging Face ------------------------------------------------------------------------------
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h"]
@@ -447,12 +469,26 @@ def test_columns_that_the_model_does_not_take_are_named() -> None:
         collect_statistics(Strict(), [batch], progress=False)
 
 
+def test_a_column_too_many_does_no_harm_where_the_model_lets_it_pass() -> None:
+    model, data = loaded("sequences")
+    more = DataLoader(
+        tokenized(remove=("text",), label=LABELS),
+        batch_size=3,
+        collate_fn=DataCollatorWithPadding(tokenizer()),
+    )
+    assert "idx" in next(iter(more))
+    found, wanted = (collect_statistics(model, x, progress=False) for x in (more, data))
+    assert_close(found.tensors, wanted.tensors, 0.0)
+
+
 def test_labels_that_are_missing_are_named() -> None:
     model, (batch,) = bert(BertForSequenceClassification, num_labels=3), texts((4,))
     labels = batch.pop("labels")
     message = "BertForSequenceClassification gives no loss for a batch with the columns"
     with pytest.raises(ValueError, match=message):
         collect_statistics(model, [batch], progress=False)
+    with pytest.raises(ValueError, match=r"it has 'label': rename that column"):
+        collect_statistics(model, [batch | {"label": labels}], progress=False)
     with pytest.raises(ValueError, match="MLP gives no loss"):
         collect_statistics(MLP().double(), [{"batch": vectors()[0]}], progress=False)
     with pytest.raises(ValueError, match=r"a batch is a list, .* pass loss_fn"):

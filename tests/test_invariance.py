@@ -75,8 +75,8 @@ class Stack(nn.Module):
         for layer in shape.layers:
             narrow = layer.kind == "norm" and width < 3  # all of its gradient would be rounding
             if layer.kind == "linear" or narrow:
-                self.layers.append(nn.Linear(width, 3 if narrow else layer.width, layer.bias))
-                width = self.layers[-1].out_features
+                before, width = width, 3 if narrow else layer.width
+                self.layers.append(nn.Linear(before, width, layer.bias))
             elif layer.kind == "norm":
                 self.layers.append(nn.LayerNorm(width, bias=layer.bias))
             else:
@@ -137,8 +137,10 @@ def assert_same(found: Statistics, wanted: Statistics) -> None:
     assert found.positions == wanted.positions
     for kind in ("diagonal_fisher", "block_fisher", "gram"):
         assert_close(getattr(found, kind), getattr(wanted, kind), 1e-9)
-    g = ({name: g for name, (_, g) in statistics.kfac.items()} for statistics in (found, wanted))
-    assert_close(*g, 1e-9)
+    ours, theirs = (
+        {name: g for name, (_, g) in statistics.kfac.items()} for statistics in (found, wanted)
+    )
+    assert_close(ours, theirs, 1e-9)
 
 
 @given(SHAPES)

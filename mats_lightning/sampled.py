@@ -27,6 +27,7 @@ LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 Fisher = Literal["empirical", "sampled"]
 FISHERS = ("empirical", "sampled")
 IGNORED = -100  # the label of a position that does not count
+CHUNK = 2**24  # probabilities that are worked on at a time, of 24 bytes each
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,20 @@ def draw_labels(logits: Tensor, keep: Tensor | None, generator: torch.Generator)
     gives one number for each label. A class of probability 0 (a logit of -inf) is never drawn;
     one below 2^-41 counts as such.
     """
-    counts = torch.ones(logits.shape[:-1], dtype=torch.bool) if keep is None else keep
-    counts = counts.to(logits.device)
-    labels = torch.full_like(counts, IGNORED, dtype=torch.int64)
-    rows = logits.detach()[counts]
-    if not len(rows):
-        return labels
-    p = rows.softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    # In integers the sum up to a class is exact, and is deterministic on a GPU as well.
-    up_to = (p * 2**40).round_().long().cumsum(-1)
-    total = up_to[:, -1].cpu()
-    number = torch.rand(len(rows), dtype=torch.float64, generator=generator)
-    target = torch.minimum((number * total).long() + 1, total)  # 1 .. total, equally likely
-    drawn = torch.searchsorted(up_to, target.to(rows.device).unsqueeze(1)).squeeze(1)
-    labels[counts] = drawn.clamp_(0, rows.shape[-1] - 1)  # NaN logits: their loss will show it
-    return labels
+    classes = logits.shape[-1]
+    rows = logits.detach().reshape(-1, classes)
+    labels = torch.full((len(rows),), IGNORED, device=logits.device)
+    counting = torch.ones(len(rows)) if keep is None else keep.flatten()
+    for some in counting.to(logits.device).nonzero().squeeze(1).split(max(1, CHUNK // classes)):
+        p = rows[some].softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        # In integers the sum up to a class is exact, and is deterministic on a GPU as well.
+        up_to = (p * 2**40).round_().long().cumsum(-1)
+        total = up_to[:, -1].cpu()
+        number = torch.rand(len(some), dtype=torch.float64, generator=generator)
+        target = torch.minimum((number * total).long() + 1, total)  # 1 .. total, equally likely
+        drawn = torch.searchsorted(up_to, target.to(rows.device).unsqueeze(1)).squeeze(1)
+        labels[some] = drawn.clamp_(0, classes - 1)  # NaN logits: their loss will show it
+    return labels.view(logits.shape[:-1])
 
 
 def sampled_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -126,8 +126,19 @@ def test_a_certain_label_is_always_drawn() -> None:
         assert draw_labels(logits, None, generator(seed)).tolist() == [0, 20, 49]
 
 
-def test_labels_depend_on_the_seed_and_the_row_alone() -> None:
-    """Not on how rows are batched, nor on how far they are padded."""
+@pytest.mark.parametrize(("number", "label"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_the_outermost_numbers_draw_no_impossible_class(
+    number: float, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.tensor([[-float("inf"), 0.3, 0.1, -float("inf")]])
+    monkeypatch.setattr(
+        torch, "rand", lambda n, dtype, generator: torch.full((n,), number, dtype=dtype)
+    )
+    assert draw_labels(logits, None, generator()).tolist() == [label]
+
+
+def test_labels_depend_on_the_seed_and_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on how rows are batched, how far they are padded, or how many are worked on at a time."""
     logits = torch.randn(10, 4, 5, generator=generator(1))
     keep = torch.arange(4) < torch.randint(1, 5, (10, 1), generator=generator(2))
     whole = draw_labels(logits, keep, generator())
@@ -141,6 +152,8 @@ def test_labels_depend_on_the_seed_and_the_row_alone() -> None:
     assert torch.equal(torch.cat([parts[0], parts[1][:, :4]]), whole)
     assert (parts[1][:, 4:] == IGNORED).all()
     assert not torch.equal(draw_labels(logits, keep, generator(3)), whole)
+    monkeypatch.setattr(sampled, "CHUNK", 16)
+    assert torch.equal(draw_labels(logits, keep, generator()), whole)
 
 
 def test_no_position_at_all_has_no_label() -> None:

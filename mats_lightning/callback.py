@@ -80,7 +80,7 @@ class MaTSStatsCallback(Callback):
             model's own prediction (see `mats_lightning.sampled`): a forward and backward pass more
             for each captured batch, in training mode as the training step is.
         logits_fn, seed, draws: with fisher="sampled", as in collect_statistics; logits_fn is
-            called with the LightningModule.
+            called with the LightningModule, and loss_reduction has no influence.
 
     Raises MisconfigurationException for arguments that do not exist, and at setup for ways of
     training in which the statistics would be wrong.

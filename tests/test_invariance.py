@@ -23,7 +23,7 @@ from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
 VOCABULARY = 7
 CLASSES = 3
-some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)

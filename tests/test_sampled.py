@@ -427,6 +427,23 @@ def test_statistics_with_a_gradient_scaler(drawn: list[Tensor], tmp_path: Path) 
     assert largest_distance(callback.statistics, wanted) < 0.005
 
 
+def test_small_gradients_do_not_vanish_in_16_bits(drawn: list[Tensor], tmp_path: Path) -> None:
+    """Their own loss is scaled as the training loss is."""
+
+    def small(module: Any, batch: Batch) -> Tensor:
+        return 1e-6 * module_logits(module, batch).float()
+
+    module, batches = Module(MLP()), in_single(vectors(UNEVEN))
+    callback = MaTSStatsCallback(fisher="sampled", logits_fn=small)
+    fit(module, batches, tmp_path, callback, plugins=[half_precision(2.0**16)])
+    wanted = expected(
+        lambda batch: F.cross_entropy(small(module, batch), batch["labels"], reduction="none"),
+        labelled(batches, drawn),
+        root=module,
+    )
+    assert largest_distance(callback.statistics, wanted) < 0.005
+
+
 def test_an_overflowing_batch_is_left_out_and_counted(drawn: list[Tensor], tmp_path: Path) -> None:
     def logits(module: Any, batch: Batch) -> Tensor:
         return module_logits(module, batch) * (1e6 if batch["way"] == "loud" else 1)

@@ -62,6 +62,11 @@ class Masks:
                 return mask
         return None
 
+    def of_output(self, shape: Sequence[int]) -> Tensor | None:
+        """The mask of a model's outputs; of another shape, where none fits."""
+        fitting = self.of_module("lm_head", shape)
+        return fitting if fitting is not None else next(iter(self.masks.values()), None)
+
 
 def attention_mask(batch: Any) -> Tensor | None:
     """A Hugging Face batch's "attention_mask" (N, R), if it has one."""
@@ -109,7 +114,8 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     """What the reduced loss was divided by, so that scale = divisor gives an example's own.
 
     "mean": the examples; "sum": 1; "token_mean": the labels that are not -100 in
-    batch["labels"]; or a function of the batch (class weights, shifted labels).
+    batch["labels"] (N, R); "next_token_mean": those in batch["labels"][:, 1:], which a causal
+    language model predicts; or a function of the batch (class weights, say).
     """
     if callable(reduction):
         return float(reduction(batch))
@@ -120,13 +126,15 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     labels = batch.get("labels") if hasattr(batch, "get") else None
     if not isinstance(labels, Tensor):
         raise ValueError(
-            "loss_reduction='token_mean' counts the labels that are not -100 in"
+            f"loss_reduction={reduction!r} counts the labels that are not -100 in"
             ' batch["labels"], and this batch has none; pass a function of the batch instead'
         )
+    if reduction == "next_token_mean":
+        labels = labels[:, 1:]
     return float(torch.count_nonzero(labels != -100))
 
 
-LOSS_REDUCTIONS = ("mean", "sum", "token_mean")
+LOSS_REDUCTIONS = ("mean", "sum", "token_mean", "next_token_mean")
 
 
 def check_loss_reduction(reduction: LossReduction) -> None:

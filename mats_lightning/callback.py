@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +34,14 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
+from mats_lightning.sampled import (
+    Fisher,
+    LogitsFn,
+    capture_sampled,
+    choose_fisher,
+    fisher_info,
+    unchanged_buffers,
+)
 from mats_lightning.saving import follow_checkpoints
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
@@ -77,8 +86,8 @@ class MaTSStatsCallback(Callback):
         last_n_epochs: epochs to keep.
         statistics: any of "diagonal_fisher", "gram", "kfac", "block_fisher".
         loss_reduction: how the training loss is reduced: "mean" over examples, "sum",
-            "token_mean" (over labels that are not -100), or a function of the batch that gives
-            what the loss was divided by.
+            "token_mean" (over labels that are not -100), "next_token_mean" (over labels[:, 1:]
+            that are not -100), or a function of the batch that gives what the loss was divided by.
         mask_fn: batch -> (N, R) bool, true where a position counts, or None; or {regular
             expression: such a mask}, for the modules whose names have it. A mask applies to
             layers whose input has that leading shape. The default takes a Hugging Face batch's
@@ -90,6 +99,11 @@ class MaTSStatsCallback(Callback):
             takes an example's mean input and summed gradient (exact for a linear layer whose
             outputs are averaged).
         adapted_weights: also A and G of the frozen weights that peft's LoRA layers sit on.
+        fisher: "empirical", with the labels of the data, or "sampled", with labels drawn from the
+            model's own prediction (see `mats_lightning.sampled`): a forward and backward pass more
+            for each captured batch, in training mode as the training step is.
+        logits_fn, seed, draws: with fisher="sampled", as in collect_statistics; logits_fn is
+            called with the LightningModule, and the loss and its scale have no influence.
         loss_scale: what the reduced loss (see loss_reduction) was multiplied by before it was
             given to Lightning, a positive number or a function of the batch that gives one: 1/4
             where a training step divides its loss by 4. What Lightning itself multiplies by,
@@ -118,6 +132,10 @@ class MaTSStatsCallback(Callback):
         max_factor_size: int = 8192,
         weight_sharing: str = "expand",
         adapted_weights: bool = False,
+        fisher: Fisher = "empirical",
+        logits_fn: LogitsFn | None = None,
+        seed: int = 0,
+        draws: int = 1,
         loss_scale: float | Callable[[Any], float] | None = None,
         every_n_batches: int = 1,
         max_examples: int | None = None,
@@ -138,6 +156,7 @@ class MaTSStatsCallback(Callback):
         try:
             find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
             check_loss_reduction(loss_reduction)
+            self.sampling = choose_fisher(fisher, logits_fn, seed, draws)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.last_n_epochs = last_n_epochs
@@ -173,7 +192,7 @@ class MaTSStatsCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unsupported(trainer, pl_module, scale_is_known=self.loss_scale is not None)
+        refuse_unsupported(trainer, pl_module, scale_is_known=self._scale_is_known)
         self._fit, self._capture, self._restored = None, None, None
         self._resumed, self._interrupted = [], False
         self._group = ranks.new_group()
@@ -224,8 +243,31 @@ class MaTSStatsCallback(Callback):
         if not self._wants(trainer.current_epoch, batch_idx, trainer.world_size):
             return
         capture = self._capture_of(trainer, pl_module)
+        before = capture.statistics.examples
         examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        masks = Masks.of(self._masks(batch))
+        if "torch._dynamo" in sys.modules:  # something may be compiled, and would not see hooks
+            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        if self.sampling is not None:
+            with (
+                isolate_rng(),
+                unchanged_buffers(pl_module),
+                trainer.precision_plugin.train_step_context(),
+            ):
+                counted = capture_sampled(
+                    capture,
+                    pl_module,
+                    batch,
+                    self.sampling.logits_fn,
+                    self.sampling.generators(trainer.global_rank, trainer.current_epoch, batch_idx),
+                    examples=examples,
+                    masks=masks,
+                    loss_scale=None if scaler is None else scaler.get_scale(),
+                )
+            self._hooks.close()
+            self._count(capture, before, counted, trainer.current_epoch)
+            return
         scale = loss_divisor(self.loss_reduction, batch, examples)
         scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
         if scaler is not None:
@@ -233,9 +275,6 @@ class MaTSStatsCallback(Callback):
         if self.loss_scale is not None:
             given = self.loss_scale
             scale /= _checked(given(batch)) if callable(given) else given
-        masks = Masks.of(self._masks(batch))
-        if "torch._dynamo" in sys.modules:  # something may be compiled, and would not see hooks
-            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
 
     @override
@@ -253,12 +292,7 @@ class MaTSStatsCallback(Callback):
         if capture is not None and capture.active and self._fit is not None:
             self._captured = True
             before = capture.statistics.examples
-            if not capture.finish():
-                self._note(
-                    "no gradient came to a covered layer in a batch of epoch"
-                    f" {trainer.current_epoch}, so it is not counted"
-                )
-            self._fit.examples += capture.statistics.examples - before
+            self._count(capture, before, capture.finish(), trainer.current_epoch)
         self._hooks.close()
 
     @override
@@ -284,6 +318,11 @@ class MaTSStatsCallback(Callback):
         self._hooks.close()
 
     # -- decisions ---------------------------------------------------------------------------
+
+    @property
+    def _scale_is_known(self) -> bool:
+        """In manual optimization, too: drawn labels have a loss of their own."""
+        return self.loss_scale is not None or self.sampling is not None
 
     def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
         """Whether this batch is captured."""
@@ -313,6 +352,16 @@ class MaTSStatsCallback(Callback):
                 )
         return self._capture
 
+    def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
+        """After a batch has been captured: what `max_examples` bounds."""
+        assert self._fit is not None
+        if not counted:
+            self._note(
+                f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
+                " counted"
+            )
+        self._fit.examples += capture.statistics.examples - before
+
     def _note(self, *notes: str) -> None:
         assert self._fit is not None
         for note in self._fit.note(notes):
@@ -329,7 +378,11 @@ class MaTSStatsCallback(Callback):
         return {} if self._fit is None else self._state(self._fit)
 
     def _state(self, fit: Accumulation) -> dict[str, Any]:
-        return {"kinds": list(self.kinds), **fit.state()}
+        return {
+            "kinds": list(self.kinds),
+            "fisher": fisher_info(self.sampling),
+            **fit.state(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +390,12 @@ class MaTSStatsCallback(Callback):
             raise MisconfigurationException(
                 f"the checkpoint's statistics are {state_dict['kinds']}, this callback takes"
                 f" {list(self.kinds)}: resume with the same choice"
+            )
+        fisher = fisher_info(self.sampling)
+        if state_dict["fisher"] != fisher:
+            raise MisconfigurationException(
+                f"the checkpoint's statistics are of {state_dict['fisher']}, this callback takes"
+                f" {fisher}: resume with the same choice"
             )
         self._restored = state_dict
 
@@ -366,7 +425,7 @@ class MaTSStatsCallback(Callback):
             everything.coverage,
             statistics,
             weights,
-            loss_reduction=self.loss_reduction,
+            loss_reduction="sum" if self.sampling else self.loss_reduction,
             mask=self._masks,
             mode="train",
             kinds=list(self.kinds),
@@ -376,6 +435,7 @@ class MaTSStatsCallback(Callback):
             max_examples=self.max_examples,
             skipped_batches=everything.skipped_batches,
             notes=everything.notes,
+            **fisher_info(self.sampling),
         )
         return replace(statistics, info=info)
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from rich.progress import track
 from torch import Tensor, nn
 
+from mats_lightning import huggingface
 from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
@@ -21,6 +23,14 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
+from mats_lightning.sampled import (
+    Fisher,
+    LogitsFn,
+    capture_sampled,
+    choose_fisher,
+    fisher_info,
+    go_back,
+)
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
@@ -32,8 +42,12 @@ def collect_statistics(
     batches: Iterable[Any],
     *,
     statistics: Sequence[str] = KINDS,
+    fisher: Fisher = "empirical",
     loss_fn: LossFn | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: LossReduction | None = None,
+    logits_fn: LogitsFn | None = None,
+    seed: int = 0,
+    draws: int = 1,
     mask_fn: MaskFn | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     max_factor_size: int = 8192,
@@ -50,18 +64,42 @@ def collect_statistics(
 
     Arguments:
         model: a LightningModule, whose training_step gives the loss, or any torch module.
-        batches: a DataLoader or any iterable of batches, of labelled training rows.
+        batches: a DataLoader or any iterable of batches, of training rows; labelled ones, unless
+            labels are sampled.
+        fisher: "empirical", with the labels of the data, or "sampled", with labels drawn from the
+            model's own prediction (see `mats_lightning.sampled`).
         loss_fn: (model, batch) -> the reduced loss. The default is a LightningModule's
             training_step, and for other modules Hugging Face's `model(**batch).loss`.
-        max_examples: stop after the batch in which this number is reached.
+        loss_reduction: how the loss is reduced, as in MaTSStatsCallback. The default is found
+            from the first batch for `model(**batch).loss`, and is "mean" otherwise.
+        logits_fn: with fisher="sampled", (model, batch) -> logits (N, C), or (N, R, C) for a
+            label at each position that the mask leaves, or a pair (logits, mask (N, R)) where
+            labels are drawn at other positions. The default is Hugging Face's
+            `model(**batch).logits`, labels left out; a LightningModule needs one.
+        seed: of the drawn labels; the global random state is not used.
+        draws: labels drawn for each row, each with a pass of its own. A row counts as so many
+            examples.
+        max_examples: stop after the batch in which this number of rows is reached.
         progress: show a progress bar.
-        statistics, loss_reduction, mask_fn, batch_size_fn, max_factor_size, weight_sharing,
-            adapted_weights: as in MaTSStatsCallback.
+        statistics, mask_fn, batch_size_fn, max_factor_size, weight_sharing, adapted_weights: as in
+            MaTSStatsCallback.
 
-    Raises ValueError for choices that do not exist, a loss without gradient, or no batches.
+    Raises ValueError for choices that do not exist or do not go together, a loss or logits
+    without gradient, a loss that is not finite, a batch that no covered layer sees, or no batches.
     """
-    check_loss_reduction(loss_reduction)
-    coverage = find_coverage(model, statistics, max_factor_size, weight_sharing, adapted_weights)
+    if fisher == "sampled" and (loss_fn is not None or loss_reduction is not None):
+        raise ValueError(
+            "fisher='sampled' has a loss of its own, that of the labels it draws: leave loss_fn"
+            " and loss_reduction out, or take fisher='empirical'"
+        )
+    if loss_reduction is not None:
+        check_loss_reduction(loss_reduction)
+    lightning = isinstance(model, pl.LightningModule)
+    if fisher == "sampled" and not lightning:
+        logits_fn = logits_fn or huggingface.logits_of
+    sampling = choose_fisher(fisher, logits_fn, seed, draws)
+    kinds = [statistics] if isinstance(statistics, str) else list(statistics)
+    coverage = find_coverage(model, kinds, max_factor_size, weight_sharing, adapted_weights)
     sums = Statistics({}, info={})
     capture = Capture(coverage, sums)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -71,35 +109,82 @@ def collect_statistics(
             f"{coverage.summary()}"
         )
     device = trainable[0].device
-    masks = mask_fn or default_masks(model)
+    mask = mask_fn or default_masks(model)
+    reduction: LossReduction = "sum" if sampling else loss_reduction or "mean"
+    generators = sampling.generators() if sampling else []
+    rows = 0
     with _evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
-            batch = _to_device(batch, device)
+            batch = _to_device(model, batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
-            scale = loss_divisor(loss_reduction, batch, examples)
-            with capture.batch(examples, scale, Masks.of(masks(batch))):
-                loss = _loss(model, batch, index, loss_fn)
-                capture.start_backward()
-                torch.autograd.grad(loss, trainable, allow_unused=True)
-                capture.finish()
-            if max_examples is not None and sums.examples >= max_examples:
+            if sampling is not None:
+                counted = capture_sampled(
+                    capture,
+                    model,
+                    batch,
+                    sampling.logits_fn,
+                    generators,
+                    examples=examples,
+                    masks=Masks.of(mask(batch)),
+                )
+            else:
+                if index == 0 and loss_fn is None and not lightning:
+                    reduction = _reduction(model, batch, loss_reduction)
+                scale = loss_divisor(reduction, batch, examples)
+                with capture.batch(examples, scale, Masks.of(mask(batch))):
+                    loss = _loss(model, batch, index, loss_fn)
+                    capture.start_backward()
+                    go_back(loss, trainable)
+                    counted = capture.finish()
+            if not counted:
+                raise ValueError(
+                    f"no gradient came to a covered layer of {type(model).__name__} in batch"
+                    f" {index}: is its output made of another module? (A model that was compiled"
+                    " and has run already calls no hooks: pass the module that was compiled.)"
+                )
+            rows += examples
+            if max_examples is not None and rows >= max_examples:
                 break
     if not sums.examples:
-        raise ValueError("no example was seen: the batches are empty, or no gradient came back")
+        raise ValueError("no example was seen: `batches` is empty (a generator that is used up?)")
     weights = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     sums.info = describe(
         coverage,
         sums,
         weights,
-        loss_reduction=loss_reduction,
-        mask=masks,
+        loss_reduction=reduction,
+        mask=mask,
         mode="eval",
-        kinds=list(statistics),
+        kinds=kinds,
         epochs=[],
         skipped_batches=0,
         notes=[],
+        **fisher_info(sampling),
     )
     return sums
+
+
+def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> LossReduction:
+    """Of `model(**batch).loss`: what was given, unless the loss shows another; or what it shows."""
+    with torch.no_grad():
+        output = huggingface.output_of(model, batch)
+    _check_finite(output.loss, 0)
+    found = huggingface.reduction_of(output, batch.get("labels"))
+    if given is not None:
+        if isinstance(given, str) and found not in (None, given):
+            raise ValueError(
+                f"loss_reduction={given!r}, and the loss of {type(model).__name__} in the first"
+                f" batch is a {found!r}: leave loss_reduction out, or pass {found!r}"
+            )
+        return given
+    if found is None:
+        raise ValueError(
+            f"how the loss of {type(model).__name__} is reduced cannot be told from the first"
+            " batch: pass loss_reduction='mean' (over examples), 'token_mean' (over labels that are"
+            " not -100), 'next_token_mean' (over labels[:, 1:] that are not -100), or a function"
+            " of the batch that gives what the loss was divided by"
+        )
+    return found
 
 
 def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
@@ -109,13 +194,22 @@ def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> T
         output = model.training_step(batch, index)
         loss = output["loss"] if isinstance(output, Mapping) else output
     else:
-        loss = model(**batch).loss
+        loss = huggingface.output_of(model, batch).loss
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         raise ValueError(
             f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
             " pass loss_fn=lambda model, batch: ..., and labels in the batch"
         )
+    _check_finite(loss, index)
     return loss
+
+
+def _check_finite(loss: Tensor, index: int) -> None:
+    if not torch.isfinite(loss).all():
+        raise ValueError(
+            f"the loss of batch {index} is {loss.tolist()}, which would spoil all sums: look for"
+            " rows without a label (all -100) or weights that are not finite"
+        )
 
 
 @contextmanager
@@ -142,12 +236,10 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     )
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors in mappings and sequences, moved."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch
+def _to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """As Lightning does it: named tuples, a tokenizer's BatchEncoding, a module's own hooks."""
+    if not isinstance(model, pl.LightningModule):
+        return move_data_to_device(batch, device)
+    batch = model.on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = model.transfer_batch_to_device(batch, device, dataloader_idx=0)
+    return model.on_after_batch_transfer(batch, dataloader_idx=0)

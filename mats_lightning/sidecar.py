@@ -10,7 +10,8 @@
   "counts/<module>" (rows,), how often each row of an embedding was looked up;
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
-  A it shares); `info`: `fisher` (empirical), `loss_reduction`, `mode` (train or eval), `epochs`,
+  A it shares); `info`: `fisher` (empirical, or sampled with its `seeds` and `draws`: each row
+  counts as that many examples), `loss_reduction`, `mode` (train or eval), `epochs`,
   `global_step`, `every_n_batches` and `max_examples` (of an epoch) that were captured, `mask`,
   `kinds`, `weight_sharing` (expand or reduce), `coverage` (a row for each trainable parameter:
   shape, statistics, reason), `transposed` (modules whose weight is stored as (d_in, d_out)),

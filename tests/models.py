@@ -56,8 +56,12 @@ class MLP(nn.Module):
         self.first, self.second = nn.Linear(D, 5), nn.Linear(5, 3)
         self.activation = nn.ReLU(inplace=True)
 
+    def logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.second(self.activation(self.first(batch["x"])))
+        return logits
+
     def forward(self, batch: Batch) -> Tensor:
-        return classified(self.second(self.activation(self.first(batch["x"]))), batch)
+        return classified(self.logits(batch), batch)
 
 
 class Block(nn.Module):
@@ -93,7 +97,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         x = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device)[None])
         for block in self.blocks:
@@ -103,7 +107,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x, mask)
         keep = mask.unsqueeze(-1).to(x.dtype)
-        return classified(self.head((self.norm(x) * keep).sum(1) / keep.sum(1)), batch)
+        logits: Tensor = self.head((self.norm(x) * keep).sum(1) / keep.sum(1))
+        return logits
+
+    def forward(self, batch: Batch) -> Tensor:
+        return classified(self.logits(batch), batch)
 
 
 class Reused(nn.Module):

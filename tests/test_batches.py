@@ -43,10 +43,8 @@ def test_the_default_depends_on_the_model() -> None:
 
 def tiny_t5() -> Any:
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=13, d_model=8, d_kv=4, d_ff=10, num_layers=1, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"vocab_size": 13, "d_model": 8, "d_kv": 4, "d_ff": 10, "num_heads": 2}
+    config = T5Config(num_layers=1, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
     return T5ForConditionalGeneration(config).double()
 
 
@@ -116,7 +114,7 @@ def test_reduce_needs_the_examples_of_each_row() -> None:
 def test_statistics_of_different_kinds_do_not_add_up() -> None:
     model = MLP().double()
     parts = [captured(model, vectors(), weight_sharing=w)[0] for w in ("expand", "reduce")]
-    message = "of different kinds: weight_sharing is expand in one and reduce in the other"
+    message = "of two kinds: weight_sharing is expand in one and reduce in the other"
     with pytest.raises(ValueError, match=message):
         parts[0] + parts[1]
     with pytest.raises(ValueError, match="weight_sharing='mean'; choose from expand, reduce"):

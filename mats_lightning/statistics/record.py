@@ -129,8 +129,13 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         if not self.examples or not other.examples:
             return other if other.examples else self
-        if kinds_differ := _differing(self.info, other.info, "weight_sharing"):
-            raise ValueError(f"these statistics are of different kinds: {kinds_differ}")
+        for what in ("fisher", "weight_sharing"):
+            both = [s.info[what] for s in (self, other) if what in s.info]
+            if len(set(both)) > 1:
+                raise ValueError(
+                    f"these statistics are of two kinds: {what} is {both[0]} in one and {both[1]}"
+                    " in the other; take both parts in the same way"
+                )
         of_inputs = tuple(f"{kind}/" for kind in OF_INPUTS)
         kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
         theirs = {key for key in other.tensors if not key.startswith(of_inputs)}
@@ -161,12 +166,6 @@ class Statistics:
         return Statistics(tensors, examples, positions, inputs, _joined(self.info, other.info))
 
 
-def _differing(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> str:
-    """What the two say of `name`, where both do and it is not the same."""
-    both = [info[name] for info in (first, second) if name in info]
-    return f"{name} is {both[0]} in one and {both[1]} in the other" if len(set(both)) > 1 else ""
-
-
 def _has_inputs(statistics: Statistics, group: str) -> bool:
     return any(f"{kind}/{group}" in statistics.tensors for kind in OF_INPUTS)
 
@@ -174,7 +173,7 @@ def _has_inputs(statistics: Statistics, group: str) -> bool:
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """What is counted or listed is of both; the rest (digest, versions) is of the first."""
     info = {**second, **first}
-    for name in {"epochs", "notes"} & set(info):
+    for name in {"epochs", "notes", "seeds", "draws"} & set(info):
         both = [*first.get(name, ()), *second.get(name, ())]
         info[name] = list(dict.fromkeys(both))
     if "skipped_batches" in info:

@@ -1,0 +1,519 @@
+"""collect_statistics: against brute force, and as a user of Hugging Face's libraries meets it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from datasets import Dataset
+from models import MLP, Batch, Transformer, texts, vectors
+from oracle import Expected, assert_close, expected, rows_of
+from test_capture import assert_equals, hooks, to
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mats_lightning import MaTSStatsCallback, collect_statistics
+from mats_lightning.batches import loss_divisor
+
+# -- any torch module --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "batches"), [(MLP, vectors()), (Transformer, texts())], ids=["mlp", "transformer"]
+)
+def test_statistics_equal_brute_force(make: Callable[[], nn.Module], batches: list[Batch]) -> None:
+    model = make().double()
+    model.get_submodule("norm" if make is Transformer else "second").eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = collect_statistics(
+        model, batches, loss_fn=lambda model, batch: model(batch).mean(), progress=False
+    )
+    assert_equals(found, expected(model, batches), 1e-9, [])
+    assert (found.info["fisher"], found.info["mode"]) == ("empirical", "eval")
+    assert found.info["loss_reduction"] == "mean"
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+    assert all(p.grad is None for p in model.parameters()) and hooks(model) == 0
+    assert_close(model.state_dict(), weights, 0.0)
+
+
+def test_dropout_is_off() -> None:
+    model = Transformer(dropout=0.5).double()
+    found = collect_statistics(
+        model, texts(), loss_fn=lambda model, batch: model(batch).mean(), progress=False
+    )
+    assert_equals(found, expected(model.eval(), texts()), 1e-9, [])
+
+
+class Module(L.LightningModule):
+    """Its own hooks move a batch, and it logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MLP().double()
+        self.moved: list[torch.device] = []
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        self.moved.append(device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"x": 2 * batch["x"], "labels": batch["labels"]}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        loss = self.model(batch).mean()
+        self.log("loss", loss)
+        self.log_dict({"again": loss})
+        return {"loss": loss}
+
+
+def test_a_lightning_module() -> None:
+    module = Module()
+    found = collect_statistics(module, vectors(), progress=False)
+    doubled = [{"x": 2 * b["x"], "labels": b["labels"]} for b in vectors()]
+    wanted = expected(lambda batch: module.model(batch), doubled, root=module)
+    assert_equals(found, wanted, 1e-9, [])
+    assert module.moved == [torch.device("cpu")] * 3
+    assert "log" not in vars(module)
+
+
+def test_max_examples_and_a_generator_of_batches() -> None:
+    model = MLP().double()
+    found = collect_statistics(
+        model,
+        (batch for batch in vectors((4, 4, 2))),
+        statistics="gram",
+        loss_fn=lambda model, batch: model(batch).mean(),
+        max_examples=5,
+        progress=False,
+    )
+    assert found.examples == 8
+    assert set(found.gram) == {"first", "second"} and not found.kfac
+    assert found.info["kinds"] == ["gram"]
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    labels: Tensor
+
+
+def test_named_tuples_stay_named() -> None:
+    model, (batch,) = MLP().double(), vectors((4,))
+    found = collect_statistics(
+        model,
+        [Pair(batch["x"], batch["labels"])],
+        loss_fn=lambda model, batch: model({"x": batch.x, "labels": batch.labels}).mean(),
+        progress=False,
+    )
+    assert_equals(found, expected(model, [batch]), 1e-9, [])
+
+
+def test_a_tokenizers_batch_stays_one() -> None:
+    model, (batch,) = Transformer().double(), texts((4,))
+    encoding = BatchEncoding({k: v for k, v in batch.items()})
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        ids, mask = batch.input_ids, batch.attention_mask  # by attribute
+        columns = {"input_ids": ids, "attention_mask": mask, "labels": batch.labels}
+        loss: Tensor = model(columns).mean()
+        return loss
+
+    found = collect_statistics(model, [encoding], loss_fn=loss, progress=False)
+    assert_equals(found, expected(model, [batch]), 1e-9, [])
+    assert found.positions["blocks.0.q"] == int(batch["attention_mask"].sum())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(batch), "a scalar tensor with a gradient is needed"),
+        (lambda model, batch: model(batch).mean().detach(), "a scalar tensor with a gradient"),
+        (lambda model, batch: model(batch).mean() * float("nan"), "the loss of batch 0 is nan"),
+    ],
+)
+def test_a_loss_that_is_none(loss: Any, message: str) -> None:
+    model = MLP().double()
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(model, vectors(), loss_fn=loss, progress=False)
+    assert hooks(model) == 0 and model.training
+
+
+def test_no_batches_and_no_covered_layer() -> None:
+    with pytest.raises(ValueError, match="no example was seen"):
+        collect_statistics(MLP(), [], progress=False)
+    with pytest.raises(ValueError, match=r"no trainable parameter of Conv1d (.|\n)*Conv1d is none"):
+        collect_statistics(nn.Conv1d(1, 1, 1), [], progress=False)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_compiled_model(fisher: Any) -> None:
+    """As long as it has not run: then it has no hooks, and is refused."""
+    options: dict[str, Any] = {
+        "empirical": {"loss_fn": lambda model, batch: model(batch).mean()},
+        "sampled": {
+            "logits_fn": lambda model, batch: model(batch).outer(torch.arange(3.0).double())
+        },
+    }[fisher]
+    model = MLP().double()
+    wanted = collect_statistics(model, vectors(), fisher=fisher, progress=False, **options)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    found = collect_statistics(compiled, vectors(), fisher=fisher, progress=False, **options)
+    assert_close(found.tensors, wanted.tensors, 1e-12)
+    torch.compiler.reset()
+    compiled = torch.compile(model.eval(), backend="eager")
+    compiled(vectors()[0])
+    with pytest.raises(ValueError, match=r"in batch 0: .* pass the module that was compiled"):
+        collect_statistics(compiled, vectors(), fisher=fisher, progress=False, **options)
+
+
+# -- Hugging Face ------------------------------------------------------------------------------
+
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "h"]
+SENTENCES = ["a b c", "d e", "f g h a b", "c d", "e f g a", "h", "b b d c a f"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[MASK]", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tokenized(remove: tuple[str, ...] = ("text", "idx"), **columns: list[Any]) -> Dataset:
+    """As `load_dataset` and `map` give it, with an index and the text in it."""
+    data = Dataset.from_dict({"text": SENTENCES, "idx": list(range(len(SENTENCES))), **columns})
+    words = tokenizer()
+    data = data.map(lambda rows: words(rows["text"]), batched=True)
+    return data.remove_columns(list(remove))
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 12,
+    "pad_token_id": 0,
+}
+
+
+def bert(head: Callable[[BertConfig], nn.Module], **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return head(BertConfig(**SMALL, **config)).double()
+
+
+def llama(**config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **config)).double()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_positions=12, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).double()
+
+
+Losses = Callable[[nn.Module, Batch], Tensor]
+
+
+def classification(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def tokens(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum over the labels of each row."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits.mT, batch["labels"], reduction="none").sum(1)
+
+
+def next_tokens(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return F.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none").sum(1)
+
+
+def regression(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    return (logits - batch["labels"]).square()
+
+
+def several(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.binary_cross_entropy_with_logits(logits, batch["labels"], reduction="none").mean(1)
+
+
+def tags() -> list[list[int]]:
+    """A label at each word, one of them ignored."""
+    return [[-100 if w == "d" else WORDS.index(w) % 3 for w in s.split()] for s in SENTENCES]
+
+
+class MaskSome:
+    """Every third word is masked, and is a label."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        batch = DataCollatorWithPadding(tokenizer())(rows)
+        place = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+        masked = (place % 3 == 0) & batch["attention_mask"].bool()
+        batch["labels"] = torch.where(masked, batch["input_ids"], -100)
+        batch["input_ids"] = torch.where(masked, 2, batch["input_ids"])
+        return batch
+
+
+LABELS = [0, 1, 2, 1, 0, 2, 2]
+KINDS_OF_MODEL: dict[
+    str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Any]], str, Losses]
+] = {
+    "sequences": (
+        lambda: bert(BertForSequenceClassification, num_labels=3),
+        lambda: (tokenized(label=LABELS), DataCollatorWithPadding(tokenizer())),
+        "mean",
+        classification,
+    ),
+    "regression": (
+        lambda: bert(BertForSequenceClassification, num_labels=1),
+        lambda: (tokenized(label=[float(x) for x in LABELS]), DataCollatorWithPadding(tokenizer())),
+        "mean",
+        regression,
+    ),
+    "several labels": (
+        lambda: bert(
+            BertForSequenceClassification, num_labels=3, problem_type="multi_label_classification"
+        ),
+        lambda: (
+            tokenized(label=[[float(x == y) for y in range(3)] for x in LABELS]),
+            DataCollatorWithPadding(tokenizer()),
+        ),
+        "mean",
+        several,
+    ),
+    "tokens": (
+        lambda: bert(BertForTokenClassification, num_labels=3),
+        lambda: (tokenized(labels=tags()), DataCollatorForTokenClassification(tokenizer())),
+        "token_mean",
+        tokens,
+    ),
+    "masked": (
+        lambda: bert(BertForMaskedLM),
+        lambda: (tokenized(), MaskSome()),
+        "token_mean",
+        tokens,
+    ),
+    "llama": (
+        llama,
+        lambda: (tokenized(), DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
+        "next_token_mean",
+        next_tokens,
+    ),
+    "gpt2": (
+        gpt2,
+        lambda: (tokenized(), DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
+        "next_token_mean",
+        next_tokens,
+    ),
+}
+
+
+def loaded(kind: str) -> tuple[nn.Module, DataLoader[Any]]:
+    make, data, _, _ = KINDS_OF_MODEL[kind]
+    rows, collate = data()
+    return make(), DataLoader(rows, batch_size=3, collate_fn=collate)
+
+
+def covered_part(found: Any, wanted: Expected) -> Expected:
+    """The oracle has every parameter; the coverage leaves out RMSNorm and Conv1D."""
+    names = {row["name"] for row in found.info["coverage"] if row["statistics"]}
+    wanted.diagonal_fisher = {k: v for k, v in wanted.diagonal_fisher.items() if k in names}
+    wanted.block_fisher = {k: v for k, v in wanted.block_fisher.items() if k in names}
+    return wanted
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_a_model_and_a_tokenized_data_set(kind: str) -> None:
+    """No argument but the two. transformers computes losses in float32, so less than 1e-9."""
+    model, data = loaded(kind)
+    found = collect_statistics(model, data, progress=False)
+    _, _, reduction, losses = KINDS_OF_MODEL[kind]
+    assert found.info["loss_reduction"] == reduction
+    assert found.info["mask"] == "attention_mask"
+    batches = [dict(batch) for batch in data]
+    wanted = expected(lambda batch: losses(model.eval(), batch), batches, root=model)
+    tied = ["lm_head", "cls.predictions.decoder"] if kind in ("gpt2", "masked") else []
+    assert found.examples == len(SENTENCES)
+    assert_equals(found, covered_part(found, wanted), 1e-5, tied)
+
+
+@pytest.mark.parametrize("kind", ["sequences", "llama"])
+def test_labels_that_are_sampled(kind: str) -> None:
+    """The data's are not looked at, and need not be there."""
+    model, data = loaded(kind)
+    found = collect_statistics(model, data, fisher="sampled", progress=False)
+    batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
+    again = collect_statistics(model, batches, fisher="sampled", progress=False)
+    assert_close(found.tensors, again.tensors, 0.0)
+    assert found.info["fisher"] == "sampled" and found.examples == len(SENTENCES)
+
+
+def test_next_tokens_are_counted_for_the_callback_too() -> None:
+    labels = torch.tensor([[5, 1, 2, -100], [-100, 3, -100, -100]])
+    assert loss_divisor("next_token_mean", {"labels": labels}, 2) == 3
+    assert loss_divisor("token_mean", {"labels": labels}, 2) == 4
+    MaTSStatsCallback(loss_reduction="next_token_mean")
+    with pytest.raises(ValueError, match="'next_token_mean' counts the labels"):
+        loss_divisor("next_token_mean", {}, 2)
+
+
+@pytest.mark.parametrize("given", ["mean", "token_mean", "sum"])
+def test_a_reduction_that_is_not_the_models_is_refused(given: str) -> None:
+    model, data = loaded("llama")
+    message = f"loss_reduction='{given}', and the loss of LlamaForCausalLM in the first batch is a"
+    with pytest.raises(ValueError, match=f"{message} 'next_token_mean'"):
+        collect_statistics(model, data, loss_reduction=given, progress=False)
+
+
+def test_a_reduction_that_is_given_is_taken() -> None:
+    model, data = loaded("llama")
+    found, halved, same = (
+        collect_statistics(model, data, loss_reduction=reduction, progress=False)
+        for reduction in (
+            None,
+            lambda batch: float(torch.count_nonzero(batch["labels"][:, 1:] != -100)) / 2,
+            "next_token_mean",
+        )
+    )
+    g = found.tensors["G/lm_head"]
+    torch.testing.assert_close(halved.tensors["G/lm_head"], g / 4)
+    torch.testing.assert_close(same.tensors["G/lm_head"], g)
+
+
+def test_a_reduction_that_cannot_be_told_is_asked_for() -> None:
+    class Smoothed(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.loss = 0.9 * output.loss
+            return output
+
+    _, data = loaded("llama")
+    model = Smoothed(LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match="how the loss of Smoothed is reduced cannot be told"):
+        collect_statistics(model, data, progress=False)
+    collect_statistics(model, data, loss_reduction="next_token_mean", progress=False)
+    flat = llama()
+    nn.init.zeros_(flat.lm_head.weight)  # type: ignore[arg-type, union-attr]
+    with pytest.raises(ValueError, match="cannot be told"):
+        collect_statistics(flat, data, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["sequences", "tokens", "llama"])
+def test_the_reduction_is_found_in_other_precisions(kind: str, dtype: torch.dtype) -> None:
+    model, data = loaded(kind)
+    head = model.get_submodule("lm_head" if kind == "llama" else "classifier")
+    nn.init.normal_(head.weight)  # type: ignore[arg-type]
+    found = collect_statistics(model.to(dtype), data, max_examples=1, progress=False)
+    assert found.info["loss_reduction"] == KINDS_OF_MODEL[kind][2]
+
+
+def test_columns_that_the_model_does_not_take_are_named() -> None:
+    model = bert(BertForSequenceClassification, num_labels=3)
+    data = tokenized(remove=("text",), label=LABELS)
+    batches = DataLoader(data, batch_size=3, collate_fn=DataCollatorWithPadding(tokenizer()))
+
+    class Strict(nn.Module):
+        """Its forward takes what it names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+            return self.bert(input_ids, attention_mask, labels=labels)
+
+    message = r"Strict.forward takes no \['idx'\], .* \(dataset.remove_columns\(\['idx'\]\)\)"
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(Strict(), batches, progress=False)
+    with pytest.raises(ValueError, match=r"rename_column\('label', 'labels'\)"):
+        (batch,) = texts((4,))
+        batch["label"] = batch.pop("labels")
+        collect_statistics(Strict(), [batch], progress=False)
+
+
+def test_a_column_too_many_does_no_harm_where_the_model_lets_it_pass() -> None:
+    model, data = loaded("sequences")
+    more = DataLoader(
+        tokenized(remove=("text",), label=LABELS),
+        batch_size=3,
+        collate_fn=DataCollatorWithPadding(tokenizer()),
+    )
+    assert "idx" in next(iter(more))
+    found, wanted = (collect_statistics(model, x, progress=False) for x in (more, data))
+    assert_close(found.tensors, wanted.tensors, 0.0)
+
+
+def test_labels_that_are_missing_are_named() -> None:
+    model, (batch,) = bert(BertForSequenceClassification, num_labels=3), texts((4,))
+    labels = batch.pop("labels")
+    message = "BertForSequenceClassification gives no loss for a batch with the columns"
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(model, [batch], progress=False)
+    with pytest.raises(ValueError, match=r"it has 'label': rename that column"):
+        collect_statistics(model, [batch | {"label": labels}], progress=False)
+    with pytest.raises(ValueError, match="MLP gives no loss"):
+        collect_statistics(MLP().double(), [{"batch": vectors()[0]}], progress=False)
+    with pytest.raises(ValueError, match=r"a batch is a list, .* pass loss_fn"):
+        collect_statistics(model, [[batch["input_ids"], labels]], progress=False)
+    with pytest.raises(ValueError, match="MLP gives no logits"):
+        batch_of_one = {"batch": vectors()[0]}
+        collect_statistics(MLP().double(), [batch_of_one], fisher="sampled", progress=False)
+
+
+def test_a_batch_without_any_label_is_named() -> None:
+    model, data = loaded("llama")
+    batches = [dict(batch) for batch in data]
+    batches[1]["labels"] = torch.full_like(batches[1]["labels"], -100)
+    with pytest.raises(ValueError, match=r"the loss of batch 1 is nan.*\(all -100\)"):
+        collect_statistics(model, batches, progress=False)
+    with pytest.raises(ValueError, match="the loss of batch 0 is nan"):
+        collect_statistics(model, batches[1:], progress=False)
+
+
+def test_rows_of_a_batch_are_its_examples() -> None:
+    """What `next_token_mean` undoes: the sums of the rows alone are those of the batch."""
+    model, data = loaded("llama")
+    batch = dict(next(iter(data)))
+    whole = collect_statistics(model, [batch], progress=False)
+    alone = collect_statistics(model, rows_of(batch), progress=False)
+    assert_close(whole.tensors, alone.tensors, 1e-5)
+    single = collect_statistics(model.float(), [to(batch, torch.float32)], progress=False)
+    assert_close(single.tensors, whole.tensors, 1e-4)

@@ -53,7 +53,7 @@ def expected(
     root = root if root is not None else model  # type: ignore[assignment]
     assert isinstance(root, nn.Module)
     parameters = {n: p for n, p in root.named_parameters() if p.requires_grad}
-    vectors = {n for n, p in parameters.items() if p.numel() == max(p.shape) or _of_norm(root, n)}
+    vectors = {n for n, p in parameters.items() if p.ndim == 1 or _of_norm(root, n) or "ia3_l" in n}
     total = Expected()
     for row in (row for batch in batches for row in rows_of(batch)):
         with recorded_calls(root) as calls:

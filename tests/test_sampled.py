@@ -298,7 +298,9 @@ def test_the_sidecar_says_that_labels_were_drawn(tmp_path: Path) -> None:
 
 def test_sampled_and_empirical_do_not_add() -> None:
     first, second = (Statistics({}, 1, info={"fisher": f}) for f in ("sampled", "empirical"))
-    with pytest.raises(ValueError, match="the sampled Fisher and the empirical Fisher"):
+    with pytest.raises(
+        ValueError, match="of two kinds: fisher is sampled in one and empirical in the"
+    ):
         first + second
     parts = [
         Statistics({}, 2, info={"fisher": "sampled", "seeds": [seed], "draws": [1]})

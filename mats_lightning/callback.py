@@ -1,7 +1,6 @@
 """MaTSStatsCallback: when to capture, how to resume."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -247,8 +245,6 @@ class MaTSStatsCallback(Callback):
         examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         masks = Masks.of(self._masks(batch))
-        if "torch._dynamo" in sys.modules:  # something may be compiled, and would not see hooks
-            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         if self.sampling is not None:
             with (
                 isolate_rng(),
@@ -265,7 +261,6 @@ class MaTSStatsCallback(Callback):
                     masks=masks,
                     loss_scale=None if scaler is None else scaler.get_scale(),
                 )
-            self._hooks.close()
             self._count(capture, before, counted, trainer.current_epoch)
             return
         scale = loss_divisor(self.loss_reduction, batch, examples)

@@ -9,6 +9,7 @@ The first axis of a layer's input and output is taken to be the batch's examples
 which it has another length is named, and has no statistic of single examples.
 """
 
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -101,7 +102,7 @@ class Capture:
             capture.finish()
 
     Only the batches inside of `batch` cost anything: the hooks are registered there and are off
-    again when it is left, whatever happens.
+    again when it is left, whatever happens. Compiled models run without the compiler there.
     """
 
     def __init__(self, coverage: Coverage, statistics: Statistics) -> None:
@@ -138,7 +139,8 @@ class Capture:
                 handles.append(
                     covered.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 )
-            yield
+            with _uncompiled():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -328,6 +330,16 @@ class Capture:
         with _plain_arithmetic(given.a):
             masks = batch.masks.of_module
             self._sums.add_input(given.arrived, given.a, batch.examples, masks)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """What was compiled before the hooks came would not call them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

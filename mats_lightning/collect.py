@@ -139,8 +139,7 @@ def collect_statistics(
             if not counted:
                 raise ValueError(
                     f"no gradient came to a covered layer of {type(model).__name__} in batch"
-                    f" {index}: is its output made of another module? (A model that was compiled"
-                    " and has run already calls no hooks: pass the module that was compiled.)"
+                    f" {index}: is its output made of another module?"
                 )
             rows += examples
             if max_examples is not None and rows >= max_examples:

@@ -44,7 +44,8 @@ def test_the_default_depends_on_the_model() -> None:
 def tiny_t5() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 13, "d_model": 8, "d_kv": 4, "d_ff": 10, "num_heads": 2}
-    config = T5Config(num_layers=1, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    sizes |= {"num_layers": 1, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    config = T5Config(**sizes)
     return T5ForConditionalGeneration(config).double()
 
 

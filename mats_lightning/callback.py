@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -102,6 +103,8 @@ class MaTSStatsCallback(Callback):
             for each captured batch, in training mode as the training step is.
         logits_fn, seed, draws: with fisher="sampled", as in collect_statistics; logits_fn is
             called with the LightningModule, and the loss and its scale have no influence.
+        device: where the sums are kept; the default is where the parameters are. "cpu" leaves the
+            memory of an accelerator to the training, for a copy of each sum in each batch.
         loss_scale: what the reduced loss (see loss_reduction) was multiplied by before it was
             given to Lightning, a positive number or a function of the batch that gives one: 1/4
             where a training step divides its loss by 4. What Lightning itself multiplies by,
@@ -134,6 +137,7 @@ class MaTSStatsCallback(Callback):
         logits_fn: LogitsFn | None = None,
         seed: int = 0,
         draws: int = 1,
+        device: torch.device | str | None = None,
         loss_scale: float | Callable[[Any], float] | None = None,
         every_n_batches: int = 1,
         max_examples: int | None = None,
@@ -166,6 +170,7 @@ class MaTSStatsCallback(Callback):
         self.weight_sharing = weight_sharing
         self.adapted_weights = adapted_weights
         self._masks: MaskFn = attention_mask  # until the model is known
+        self.device = None if device is None else torch.device(device)
         self.loss_scale = loss_scale
         self.every_n_batches = every_n_batches
         self.max_examples = max_examples
@@ -199,7 +204,12 @@ class MaTSStatsCallback(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         coverage = find_coverage(
-            pl_module, self.kinds, self.max_factor_size, self.weight_sharing, self.adapted_weights
+            pl_module,
+            self.kinds,
+            self.max_factor_size,
+            self.weight_sharing,
+            self.adapted_weights,
+            self.device,
         )
         self._masks = self.mask_fn or default_masks(pl_module)
         if not coverage.modules:
@@ -216,7 +226,7 @@ class MaTSStatsCallback(Callback):
             )
         if self._restored is not None:
             rank, size = trainer.global_rank, trainer.world_size
-            self._fit.restore(self._restored, pl_module.device, rank, size)
+            self._fit.restore(self._restored, self.device or pl_module.device, rank, size)
             sums = self._restored["sums"].values()
             self._resumed = [epoch for fields in sums for epoch in fields["info"]["epochs"]]
             self._restored = None

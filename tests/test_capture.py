@@ -49,6 +49,7 @@ from torch.nn import functional as F
 
 from mats_lightning.capture import Capture, Input
 from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
+from mats_lightning.statistics.factors import add_second_moment
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -253,6 +254,31 @@ def test_kfac_with_reduce(name: str) -> None:
     parts = [captured(model, [b], weight_sharing="reduce")[0] for b in case.batches]
     assert_close(sum(parts[1:], parts[0]).tensors, found.tensors, 1e-9)
     assert sum(t.nbytes for t in found.tensors.values()) <= coverage.bytes()
+
+
+@pytest.mark.parametrize("name", ["transformer", "convolutions", "tied", "categories"])
+def test_sums_may_be_kept_on_another_device(name: str) -> None:
+    """Here one that holds no numbers, but refuses to be mixed with others."""
+    case, home = CASES[name], torch.device("meta")
+    model = case.model().double()
+    wanted, _ = captured(model, case.batches, weight_sharing="reduce")
+    found, _ = captured(model, case.batches, weight_sharing="reduce", device=home)
+    assert {tensor.device for tensor in found.tensors.values()} == {home}
+    shapes = {key: tensor.shape for key, tensor in wanted.tensors.items()}
+    assert {key: tensor.shape for key, tensor in found.tensors.items()} == shapes
+
+
+class Elsewhere(Tensor):
+    """Says that it is on another device than it is."""
+
+    device = property(lambda self: torch.device("meta"))
+
+
+def test_what_is_added_arrives_on_the_other_device() -> None:
+    x, before = torch.randn(5, 3), torch.randn(3, 3)
+    tensors: dict[str, Tensor] = {"A/x": before.clone().as_subclass(Elsewhere)}
+    add_second_moment(tensors, "A/x", x, torch.device("meta"))
+    torch.testing.assert_close(tensors["A/x"].as_subclass(Tensor), before + x.T @ x)
 
 
 def test_curvature_of_the_weights_below_a_lora() -> None:

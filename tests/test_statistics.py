@@ -160,7 +160,7 @@ def test_shared_inputs_are_exact_for_each_module(events: list[tuple[set[str], in
     positions = dict.fromkeys("qkvw", 0)
     for seed, (modules, count) in enumerate(events):
         a = draw(seed, count, 2)
-        add_input(found, sorted(modules), a)
+        add_input(found, sorted(modules), a, a.device)
         for module in modules:
             sums[module] += a.T @ a
             positions[module] += count

@@ -104,6 +104,7 @@ class Coverage:
     dtypes: dict[str, torch.dtype]  # parameter -> dtype of its sums
     aliases: dict[str, str]  # other name of a tied parameter -> the name used here
     reduce: bool = False  # K-FAC's A and G are of the mean input and the summed gradient
+    device: torch.device | None = None  # of the sums; None: of the parameters
 
     @property
     def uncovered(self) -> dict[str, str]:
@@ -188,7 +189,8 @@ class Coverage:
                     shapes[f"{OUTPUT}/{covered.name}"] = square
                 for key, shape in shapes.items():
                     if key not in tensors:
-                        zeros = torch.zeros(shape, dtype=self.dtypes[parameter], device=like.device)
+                        device = self.device or like.device
+                        zeros = torch.zeros(shape, dtype=self.dtypes[parameter], device=device)
                         tensors[key] = zeros
                 if {GRAM, KFAC} & set(row.statistics) and covered.name not in statistics.inputs:
                     statistics.inputs[covered.name] = covered.name

@@ -3,7 +3,8 @@
 A of layers that share an input (q, k and v of an attention) is one sum, as long as they do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -46,50 +47,75 @@ def cut(x: Tensor, sizes: tuple[int, int]) -> Tensor:
     return x.reshape(len(x), *sizes) if count > 1 else x
 
 
+@contextmanager
+def accumulating(
+    tensors: dict[str, Tensor], key: str, shape: Sequence[int], like: Tensor, home: torch.device
+) -> Iterator[Tensor]:
+    """What is added to the tensor that this gives, where `like` is, is added to tensors[key].
+
+    That one is made of zeros on `home` where it is not there yet.
+    """
+    if key not in tensors:
+        tensors[key] = like.new_zeros(shape, device=home)
+    total = tensors[key]
+    if total.device == like.device:
+        yield total
+        return
+    part = like.new_zeros(shape)
+    yield part
+    total.add_(part.to(total))
+
+
 def add_input(
-    statistics: Statistics, modules: Sequence[str], a: Tensor, means: Tensor | None = None
+    statistics: Statistics,
+    modules: Sequence[str],
+    a: Tensor,
+    home: torch.device,
+    means: Tensor | None = None,
 ) -> None:
     """A += a^T a, a += sum of a (positions, d_in), for these modules of `statistics.inputs`.
 
     Once for each group of layers that have been given the same so far: what is stored is exact
     for each of them. With groups of a convolution a is (positions, groups, d_in). `means`, each
-    example's mean a, go to the A of K-FAC with reduce.
+    example's mean a, go to the A of K-FAC with reduce. The sums are kept on `home`.
     """
     tensors = statistics.tensors
     assert isinstance(tensors, dict)
     for group in _groups_of(statistics, tensors, set(modules)):
-        add_second_moment(tensors, f"{INPUT}/{group}", a)
+        add_second_moment(tensors, f"{INPUT}/{group}", a, home)
         if means is not None:
-            add_second_moment(tensors, f"{REDUCED}/{group}", means)
-        if f"{INPUT_SUM}/{group}" not in tensors:
-            tensors[f"{INPUT_SUM}/{group}"] = a.new_zeros(a.shape[1:])
-        tensors[f"{INPUT_SUM}/{group}"].add_(a.sum(0))
+            add_second_moment(tensors, f"{REDUCED}/{group}", means, home)
+        with accumulating(tensors, f"{INPUT_SUM}/{group}", a.shape[1:], a, home) as total:
+            total.add_(a.sum(0))
         statistics.group_positions[group] += len(a)
 
 
 def add_counts(
-    statistics: Statistics, modules: Sequence[str], ids: Tensor, rows: int, dtype: torch.dtype
+    statistics: Statistics,
+    modules: Sequence[str],
+    ids: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    home: torch.device,
 ) -> None:
     """How often each of an embedding's rows was looked up: the diagonal of its A."""
     tensors = statistics.tensors
     assert isinstance(tensors, dict)
     for module in modules:
         counts = torch.bincount(ids, minlength=rows).to(dtype)
-        if f"{COUNTS}/{module}" in tensors:
-            counts += tensors[f"{COUNTS}/{module}"]
-        tensors[f"{COUNTS}/{module}"] = counts
+        with accumulating(tensors, f"{COUNTS}/{module}", counts.shape, counts, home) as total:
+            total.add_(counts)
         statistics.group_positions[module] += len(ids)
 
 
-def add_second_moment(tensors: dict[str, Tensor], key: str, x: Tensor) -> None:
+def add_second_moment(tensors: dict[str, Tensor], key: str, x: Tensor, home: torch.device) -> None:
     """tensors[key] += sum_p x_p x_p^T of x (P, d) or, a group each, (P, groups, d)."""
-    if key not in tensors:
-        tensors[key] = x.new_zeros(*x.shape[1:], x.shape[-1])
-    if x.ndim == 2:
-        tensors[key].addmm_(x.T, x)
-    else:
-        x = x.transpose(0, 1)
-        tensors[key].baddbmm_(x.mT, x)
+    with accumulating(tensors, key, (*x.shape[1:], x.shape[-1]), x, home) as total:
+        if x.ndim == 2:
+            total.addmm_(x.T, x)
+        else:
+            x = x.transpose(0, 1)
+            total.baddbmm_(x.mT, x)
 
 
 def _groups_of(

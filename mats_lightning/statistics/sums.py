@@ -1,12 +1,14 @@
 """Adds what came through a layer in one batch to a record of statistics."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from mats_lightning.statistics.coverage import Coverage
 from mats_lightning.statistics.factors import (
+    accumulating,
     add_counts,
     add_input,
     add_second_moment,
@@ -59,9 +61,19 @@ class Sums:
         if len(vectors) == len(parts):  # several uses of a vector: one sum an example
             parts = [VectorGradients(torch.stack(vectors).sum(0))]
         if DIAGONAL in kinds:
-            add_squares_of_sum(parts, self._tensors[f"{DIAGONAL}/{parameter}"])
+            with self._accumulating(f"{DIAGONAL}/{parameter}", parts[0].device) as total:
+                add_squares_of_sum(parts, total)
         if BLOCK in kinds and isinstance(parts[0], VectorGradients):
-            parts[0].add_outer(self._tensors[f"{BLOCK}/{parameter}"])
+            with self._accumulating(f"{BLOCK}/{parameter}", parts[0].device) as total:
+                parts[0].add_outer(total)
+
+    def _accumulating(self, key: str, device: torch.device) -> AbstractContextManager[Tensor]:
+        total = self._tensors[key]  # has been allocated
+        like = torch.empty(0, dtype=total.dtype, device=device)
+        return accumulating(self._tensors, key, total.shape, like, total.device)
+
+    def _home(self, work: Tensor) -> torch.device:
+        return self.coverage.device or work.device
 
     def add_output(self, module: str, g: Tensor, mask_of: MaskOf) -> None:
         """G += sum g g^T over the positions that the mask leaves."""
@@ -71,7 +83,8 @@ class Sums:
         g = covered.rule.factors.outputs(covered.module, g)
         mask = mask_of(module, g.shape[:2])
         rows = summed(g, mask) if self.coverage.reduce else kept(g, mask)
-        add_second_moment(self._tensors, f"{OUTPUT}/{module}", cut(rows, sizes.g))
+        rows = cut(rows, sizes.g)
+        add_second_moment(self._tensors, f"{OUTPUT}/{module}", rows, self._home(rows))
 
     def add_input(
         self, readers: Collection[str], a: Tensor, examples: int, mask_of: MaskOf
@@ -87,7 +100,7 @@ class Sums:
             ids = a.reshape(len(a), -1)
             ids = ids.expand(examples, -1) if len(ids) == 1 else ids  # one row for all
             ids = kept(ids, mask_of(covered.name, ids.shape))
-            add_counts(self.statistics, modules, ids, row.shape[0], dtype)
+            add_counts(self.statistics, modules, ids, row.shape[0], dtype, self._home(ids))
             return
         assert covered.rule.factors is not None and row.matrix is not None
         start, a = 0, a.to(dtype)
@@ -95,5 +108,6 @@ class Sums:
             mask = mask_of(covered.name, (len(a), rows.shape[1]))
             mask = None if mask is None else mask[start : start + len(rows)]
             means = cut(averaged(rows, mask), row.matrix.a) if self.coverage.reduce else None
-            add_input(self.statistics, modules, cut(kept(rows, mask), row.matrix.a), means)
+            inputs = cut(kept(rows, mask), row.matrix.a)
+            add_input(self.statistics, modules, inputs, self._home(rows), means)
             start += len(rows)

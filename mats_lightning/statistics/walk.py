@@ -30,6 +30,7 @@ def find_coverage(
     max_factor_size: int,
     weight_sharing: str = "expand",
     adapted_weights: bool = False,
+    device: torch.device | None = None,
 ) -> Coverage:
     """Walk the model: every trainable parameter gets its statistics or a reason.
 
@@ -56,7 +57,7 @@ def find_coverage(
     }
     frozen = sum(1 for p in model.parameters() if not p.requires_grad)
     return Coverage(
-        walk.rows, walk.modules, frozen, walk.dtypes, aliases, weight_sharing == "reduce"
+        walk.rows, walk.modules, frozen, walk.dtypes, aliases, weight_sharing == "reduce", device
     )
 
 

@@ -52,6 +52,7 @@ class JointMerge:
         self.method = method
         self.options = dict(options)
         self.in_use = 0  # the iteration count whose state is given out
+        self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
         self._weights = self._task_weights()
@@ -190,6 +191,7 @@ class JointMerge:
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()
+        self.examples[member] = statistics.examples
         known = {*statistics.diagonal_fisher, *statistics.block_fisher}
         known |= {f"{module}.weight" for module in statistics.gram}
         if not known & set(names):

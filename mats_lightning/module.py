@@ -174,7 +174,12 @@ class MergeModule(pl.LightningModule):
             method=self._joint.method,
             options=options,
             tasks=[
-                {"name": name, "checkpoint": Path(task.checkpoint).name, "metric": task.metric}
+                {
+                    "name": name,
+                    "checkpoint": Path(task.checkpoint).name,
+                    "metric": task.metric,
+                    "examples": self._joint.examples.get(name),
+                }
                 for name, task in self.tasks.items()
             ],
             base_model=merged.config.name_or_path or None,

@@ -377,6 +377,10 @@ def test_the_whole_comparison(
     assert [outcome.label for outcome in again] == ["individual", "RegMean"]
     assert again[0].scores == rows["individual"].scores
     assert [path.name for path in (out / "tasks").iterdir()] == tasks
+    card = (out / "merged/README.md").read_text()
+    for name in WORDS:
+        trained = results["finetuning"][name]["rows"]["train"]
+        assert f"| {name} | {name}.ckpt | {trained} | accuracy |" in card
 
 
 @pytest.mark.slow

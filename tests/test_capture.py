@@ -517,27 +517,48 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.layer(x)).mean(1))
 
 
-def test_kfac_equals_curvlinops() -> None:
+class PooledImage(nn.Module):
+    """A convolution with stride, padding and dilation; a mean over its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 3, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1), bias=False)
+        self.head = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.layer(x)).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("make", [Pooled, PooledImage])
+def test_kfac_equals_curvlinops(make: Callable[[], nn.Module], weight_sharing: str) -> None:
     curvlinops = pytest.importorskip("curvlinops")
-    model = Pooled().double()
-    data = [(batch["x"].unflatten(1, (3, 2)), batch["labels"]) for batch in vectors((6, 4))]
+    model: Any = make().double()
+    if make is Pooled:
+        data = [(batch["x"].unflatten(1, (3, 2)), batch["labels"]) for batch in vectors((6, 4))]
+    else:
+        data = [(batch["x"], batch["labels"]) for batch in images((6, 4), shape=(2, 5, 6))]
     theirs = curvlinops.KFACLinearOperator(
         model,
         nn.CrossEntropyLoss(),
         [model.layer.weight, model.head.weight],
         data,
         fisher_type="empirical",
-        kfac_approx="expand",
+        kfac_approx=weight_sharing,
         check_deterministic=False,
     )
-    dense = theirs @ torch.eye(8 + 12, dtype=torch.float64)
-    capture = Capture(find_coverage(model, ("kfac",), 8192), Statistics({}))
+    sizes = [model.layer.weight.numel(), model.head.weight.numel()]
+    dense = theirs @ torch.eye(sum(sizes), dtype=torch.float64)
+    coverage = find_coverage(model, ("kfac",), 8192, weight_sharing)
+    capture = Capture(coverage, Statistics({}))
     for x, y in data:
         with capture.batch(len(x), len(x)):
             loss = F.cross_entropy(model(x), y)
             capture.start_backward()
             loss.backward()
             capture.finish()
-    for name, block in (("layer", dense[:8, :8]), ("head", dense[8:, 8:])):
+    first = sizes[0]
+    for name, block in (("layer", dense[:first, :first]), ("head", dense[first:, first:])):
         a, g = capture.statistics.kfac[name]
         torch.testing.assert_close(torch.kron(g, a), block)

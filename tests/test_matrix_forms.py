@@ -30,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from mats_lightning import load_statistics
 from mats_lightning.capture import Capture
 from mats_lightning.merging import average, mats, regmean, task_arithmetic
-from mats_lightning.merging.blocks import matrix_form, operator
+from mats_lightning.merging.blocks import operator
+from mats_lightning.merging.forms import matrix_form
 from mats_lightning.sidecar import save_statistics
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
@@ -224,6 +225,18 @@ def test_large_factors_are_cut_into_blocks(tmp_path: Path) -> None:
         torch.testing.assert_close(solved.state_dict[name], closed[name], rtol=1e-6, atol=1e-8)
     result = mats(thetas, [cut, cut], objective="kfac", damping=0.1, iterations=50)
     assert max(block.residuals[-1] for block in result.blocks.values()) < 1e-6
+
+
+def test_tasks_must_be_cut_in_the_same_way() -> None:
+    model, batches = Wide().double(), images(shape=(96,))
+    statistics = []
+    for limit in (8192, 40):
+        statistics.append(Statistics({}))
+        capture = Capture(find_coverage(model, KINDS, limit), statistics[-1])
+        capture_batch(capture, model, batches[0])
+    message = r"the gram of 'first\.weight' is cut into other blocks in model 1 than in model 0"
+    with pytest.raises(ValueError, match=message):
+        regmean([model.state_dict()] * 2, statistics)
 
 
 def test_a_size_that_does_not_fall_into_blocks_is_left_out_and_named() -> None:

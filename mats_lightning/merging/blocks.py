@@ -1,12 +1,11 @@
 """From statistics to operators: each task's C_i for one parameter."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mats_lightning.merging.forms import matrix_form, of_embedding, statistic_name
 from mats_lightning.merging.models import Weights, check_models, weighted_mean
 from mats_lightning.operators import (
     Damped,
@@ -19,7 +18,6 @@ from mats_lightning.operators import (
     scale_off_diagonal,
 )
 from mats_lightning.statistics import Statistics
-from mats_lightning.statistics.record import COUNTS
 
 UNCOVERED = ("average", "pretrained", "error")
 
@@ -41,7 +39,8 @@ def covering_statistics(
                 covering[name] = kind
                 break
             covered = [
-                _key(name, kind, s) in keys for s, keys in zip(statistics, known[kind], strict=True)
+                statistic_name(name, kind, s) in keys
+                for s, keys in zip(statistics, known[kind], strict=True)
             ]
             if all(covered):
                 covering[name] = kind
@@ -59,108 +58,6 @@ def covering_statistics(
             + (f"that of '{found[0]}' ...; is a prefix missing?" if found else "none of this kind")
         )
     return covering
-
-
-def _key(name: str, kind: str, statistics: Statistics) -> str:
-    """The name under which the statistic of a parameter is stored."""
-    name = statistics.info.get("tied", {}).get(name, name)
-    return name.removesuffix(".weight") if kind in ("gram", "kfac") else name
-
-
-@dataclass(frozen=True)
-class MatrixForm:
-    """How a parameter is seen by its operators, where A and G act on it.
-
-    A linear weight as it is, (d_out, d_in), and transposed in Hugging Face's Conv1D. With groups
-    of a convolution, or factors cut into blocks: (groups, blocks of G, blocks of A, d_out, d_in),
-    each a matrix of its own.
-    """
-
-    shape: tuple[int, ...]  # the parameter's own
-    transposed: bool = False
-    groups: int = 1
-    blocks_in: int = 1
-    blocks_out: int = 1
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(d_out, d_in) of the whole weight; of one group's inputs for a convolution."""
-        first, rest = self.shape[0], math.prod(self.shape[1:])
-        return (rest, first) if self.transposed else (first, rest)
-
-    @property
-    def whole(self) -> bool:
-        return self.groups == self.blocks_in == self.blocks_out == 1
-
-    def of(self, weight: Tensor) -> Tensor:
-        matrix = weight.T if self.transposed else weight.flatten(1) if weight.ndim > 2 else weight
-        if self.whole:
-            return matrix
-        d_in = self.matrix[1] // self.blocks_in
-        tiles = matrix.reshape(self.groups, self.blocks_out, -1, self.blocks_in, d_in)
-        return tiles.transpose(2, 3)
-
-    def back(self, matrices: Tensor) -> Tensor:
-        if not self.whole:
-            matrices = matrices.transpose(2, 3).reshape(self.matrix)
-        return matrices.T.contiguous() if self.transposed else matrices.reshape(self.shape)
-
-    @property
-    def shape_of_a(self) -> tuple[int, ...]:
-        """The shape of A in `Statistics`."""
-        return _stacked(self.groups * self.blocks_in, self.matrix[1] // self.blocks_in)
-
-    @property
-    def shape_of_g(self) -> tuple[int, ...]:
-        count = self.groups * self.blocks_out
-        return _stacked(count, self.matrix[0] // count)
-
-    def a(self, factor: Tensor) -> Tensor:
-        """A in the form in which it multiplies: (groups, 1, blocks, d_in, d_in) of several."""
-        if self.whole:
-            return factor
-        return factor.reshape(self.groups, 1, self.blocks_in, *factor.shape[-2:])
-
-    def g(self, factor: Tensor) -> Tensor:
-        if self.whole:
-            return factor
-        return factor.reshape(self.groups, self.blocks_out, 1, *factor.shape[-2:])
-
-
-def _stacked(count: int, size: int) -> tuple[int, ...]:
-    return (size, size) if count == 1 else (count, size, size)
-
-
-def matrix_form(name: str, kind: str, statistics: Statistics, shape: torch.Size) -> MatrixForm:
-    """The form of a parameter that its operator of this kind acts on.
-
-    Raises ValueError for statistics that do not fit the parameter.
-    """
-    module = _key(name, kind, statistics)
-    if kind not in ("gram", "kfac") or (kind == "gram" and _of_embedding(module, statistics)):
-        return MatrixForm(tuple(shape))
-    blocks_in, blocks_out = statistics.info.get("blocks", {}).get(module, (1, 1))
-    form = MatrixForm(
-        tuple(shape),
-        module in statistics.info.get("transposed", ()),
-        statistics.info.get("groups", {}).get(module, 1),
-        blocks_in,
-        blocks_out if kind == "kfac" else 1,
-    )
-    if (
-        len(shape) < 2
-        or form.matrix[0] % (form.groups * form.blocks_out)
-        or (form.matrix[1] % blocks_in)
-    ):
-        raise ValueError(
-            f"'{name}' has the statistic {kind}, which a matrix has, and the shape {tuple(shape)}:"
-            " these statistics are of another architecture"
-        )
-    return form
-
-
-def _of_embedding(module: str, statistics: Statistics) -> bool:
-    return f"{COUNTS}/{module}" in statistics.tensors
 
 
 def operator(
@@ -192,14 +89,14 @@ def operator(
 
     if kind == "identity":
         return Identity()
-    key = _key(name, kind, statistics)
+    key = statistic_name(name, kind, statistics)
     if kind == "diagonal_fisher":
         f = fitted(statistics.diagonal_fisher[key], tuple(like.shape))
         return Diagonal(f.clamp(min=floor))
     if kind == "block_fisher":
         d = like.numel()
         return Dense(scale_off_diagonal(fitted(statistics.block_fisher[key], (d, d)), off_diagonal))
-    if kind == "gram" and _of_embedding(key, statistics):
+    if kind == "gram" and of_embedding(key, statistics):
         return Diagonal(fitted(statistics.gram[key], (len(like),)).unsqueeze(1))
     form = matrix_form(name, kind, statistics, like.shape)
     a, g = statistics.kfac[key] if kind == "kfac" else (statistics.gram[key], None)
@@ -239,11 +136,6 @@ def _folded_biases(
     return folded
 
 
-def beside(weight: Tensor, bias: Tensor) -> Tensor:
-    """[W b], (d_out, d_in + 1)."""
-    return torch.cat([weight, bias.detach().to(weight).unsqueeze(1)], dim=1)
-
-
 def task_operators(
     name: str,
     kind: str,
@@ -263,7 +155,16 @@ def task_operators(
     are divided by one number, so that the mean eigenvalue of their sum is 1: the curvature of a
     well fitted model is so small that float32 would run out of range. Where all are zero, they
     are w_i I: no evidence gives the average.
+
+    Raises ValueError where the tasks' factors are cut into blocks in different ways.
     """
+    forms = [matrix_form(name, kind, task, like.shape) for task in statistics]
+    for i, form in enumerate(forms):
+        if form != forms[0]:
+            raise ValueError(
+                f"the {kind} of '{name}' is cut into other blocks in model {i} than in model 0"
+                f" ({form} and {forms[0]}): take all statistics with the same max_factor_size"
+            )
     operators = []
     for task, weight in zip(statistics, weights, strict=True):
         c = operator(

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
-    beside,
     check_statistics,
-    matrix_form,
     task_operators,
     uncovered_value,
 )
+from mats_lightning.merging.forms import beside, matrix_form
 from mats_lightning.merging.models import (
     Weights,
     check_models,

@@ -473,18 +473,19 @@ class Adapted(nn.Module):
         return classified(self.head(torch.tanh(self.up(torch.tanh(self.layer(x))))).mean(1), batch)
 
 
-def adapted(config: Any) -> nn.Module:
+def adapted(config: Any, low: float, high: float) -> nn.Module:
     """`Adapted` under peft, with adapters that are not where they start."""
     model: Any = get_peft_model(Adapted(), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.uniform_(parameter, 0.5, 1.5)
+            nn.init.uniform_(parameter, low, high)
     return model
 
 
 def ia3() -> nn.Module:
-    return adapted(IA3Config(target_modules=["layer", "up"], feedforward_modules=["up"]))
+    config = IA3Config(target_modules=["layer", "up"], feedforward_modules=["up"])
+    return adapted(config, 0.5, 1.5)
 
 
 def lora() -> nn.Module:
-    return adapted(LoraConfig(r=2, target_modules=["layer", "up"]))
+    return adapted(LoraConfig(r=2, target_modules=["layer", "up"]), -0.5, 0.5)

@@ -279,6 +279,15 @@ def tags() -> list[list[int]]:
     return [[-100 if w == "d" else WORDS.index(w) % 3 for w in s.split()] for s in SENTENCES]
 
 
+class Doubles(DataCollatorWithPadding):
+    """Labels in the dtype of the model, which a squared error wants."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        batch = super().__call__(rows)
+        batch["labels"] = batch["labels"].double()
+        return batch
+
+
 class MaskSome:
     """Every third word is masked, and is a label."""
 
@@ -303,7 +312,7 @@ KINDS_OF_MODEL: dict[
     ),
     "regression": (
         lambda: bert(BertForSequenceClassification, num_labels=1),
-        lambda: (tokenized(label=[float(x) for x in LABELS]), DataCollatorWithPadding(tokenizer())),
+        lambda: (tokenized(label=[float(x) for x in LABELS]), Doubles(tokenizer())),
         "mean",
         regression,
     ),

@@ -51,6 +51,8 @@ from mats_lightning.training import (
     resumes_exactly,
 )
 
+FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
+
 
 class MaTSStatsCallback(Callback):
     """Accumulates curvature statistics in the last epochs of a fit; saves them with checkpoints.
@@ -118,6 +120,8 @@ class MaTSStatsCallback(Callback):
         sidecar: "all": beside every checkpoint. "last": only beside the latest one; when a
             sidecar has been written, the one that this fit wrote before goes, also that of a
             checkpoint that stays, be it the best one. For runs that save many checkpoints.
+        factor_dtype: of A, G and block Fishers in the sidecar: "bfloat16" halves them, and their
+            small eigenvalues are lost. The default is that of the sums, float32 at least.
 
     Raises MisconfigurationException for arguments that do not exist, and at setup for ways of
     training in which the statistics would be wrong.
@@ -142,6 +146,7 @@ class MaTSStatsCallback(Callback):
         every_n_batches: int = 1,
         max_examples: int | None = None,
         sidecar: Literal["all", "last"] = "all",
+        factor_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         for name, number in (
             ("last_n_epochs", last_n_epochs),
@@ -152,6 +157,10 @@ class MaTSStatsCallback(Callback):
                 raise MisconfigurationException(f"{name}={number}; it must be 1 or more")
         if sidecar not in ("all", "last"):
             raise MisconfigurationException(f"sidecar={sidecar!r}; choose from 'all', 'last'")
+        if factor_dtype not in FACTOR_DTYPES:
+            raise MisconfigurationException(
+                f"factor_dtype={factor_dtype!r}; choose from 'float32', 'bfloat16', None"
+            )
         if loss_scale is not None and not callable(loss_scale):
             _checked(loss_scale)
         kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
@@ -175,6 +184,7 @@ class MaTSStatsCallback(Callback):
         self.every_n_batches = every_n_batches
         self.max_examples = max_examples
         self.sidecar = sidecar
+        self.factor_dtype = FACTOR_DTYPES[factor_dtype]
         self._fit: Accumulation | None = None  # from on_fit_start on
         self._capture: Capture | None = None
         self._captured = False  # a backward pass of this batch
@@ -199,7 +209,8 @@ class MaTSStatsCallback(Callback):
         self._fit, self._capture, self._restored = None, None, None
         self._resumed, self._interrupted = [], False
         self._group = ranks.new_group()
-        follow_checkpoints(trainer, partial(self._of_checkpoint, trainer), self.sidecar == "last")
+        of_checkpoint = partial(self._of_checkpoint, trainer)
+        follow_checkpoints(trainer, of_checkpoint, self.sidecar == "last", self.factor_dtype)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

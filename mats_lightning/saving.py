@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -16,12 +17,13 @@ def follow_checkpoints(
     trainer: pl.Trainer,
     statistics_of: Callable[[dict[str, Any]], Statistics | None],
     last_only: bool,
+    factor_dtype: torch.dtype | None,
 ) -> None:
     """Write `statistics_of(checkpoint)` beside each checkpoint; remove it with the checkpoint.
 
     `statistics_of` is called on every rank before the checkpoint is written, and may change it;
     rank 0 writes what it gives there, unless that is None. With `last_only` a sidecar goes when
-    the next one has been written.
+    the next one has been written. `factor_dtype`: see `save_statistics`.
 
     No callback hook knows the path, and none runs with save_weights_only, so the two methods of
     the trainer's strategy are wrapped. They stay wrapped after the fit: `trainer.save_checkpoint`
@@ -43,7 +45,7 @@ def follow_checkpoints(
         if not trainer.is_global_zero or not _has_place(filepath):
             return
         path = sidecar_path(filepath)
-        if not _write(trainer, statistics, path):
+        if not _write(trainer, statistics, path, factor_dtype):
             path.unlink(missing_ok=True)  # of a checkpoint that was overwritten
             return
         if last_only and previous is not None and previous != path:
@@ -61,7 +63,12 @@ def follow_checkpoints(
     strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
 
 
-def _write(trainer: pl.Trainer, statistics: Statistics | None, path: Path) -> bool:
+def _write(
+    trainer: pl.Trainer,
+    statistics: Statistics | None,
+    path: Path,
+    factor_dtype: torch.dtype | None,
+) -> bool:
     """Whether there is a sidecar now; a warning says why not."""
     if statistics is None:
         return False
@@ -72,7 +79,7 @@ def _write(trainer: pl.Trainer, statistics: Statistics | None, path: Path) -> bo
         )
         return False
     try:
-        save_statistics(statistics, path)
+        save_statistics(statistics, path, factor_dtype)
     except ValueError as error:  # sums that are not finite: no sidecar is better than these
         rank_zero_warn(f"MaTSStatsCallback: no sidecar is written: {error}")
         return False

@@ -35,6 +35,7 @@ from models import (
     ways,
 )
 from oracle import Expected, assert_close, distance, expected
+from safetensors.torch import load_file
 from test_capture import BASES, assert_equals, hooks, to
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -949,6 +950,21 @@ def test_one_statistic_may_be_a_string(tmp_path: Path) -> None:
     fit(Module(MLP()), in_single(vectors()), tmp_path, callback)
     assert set(callback.statistics.gram) == {"model.first", "model.second"}
     assert not callback.statistics.kfac
+
+
+def test_factors_may_be_saved_in_bfloat16(tmp_path: Path) -> None:
+    sizes = {}
+    for dtype in (None, "bfloat16"):
+        callback = MaTSStatsCallback(factor_dtype=dtype)  # type: ignore[arg-type]
+        fit(Module(MLP()), in_single(vectors()), tmp_path / str(dtype), callback)
+        (path,) = (tmp_path / str(dtype)).rglob("*.safetensors")
+        sizes[dtype] = {key: tensor.dtype for key, tensor in load_file(path).items()}
+    packed = {k for k in sizes[None] if k.split("/")[0] in ("A", "G", "block_fisher")}
+    assert packed and set(sizes[None].values()) == {torch.float32}
+    halved = {key for key, dtype in sizes["bfloat16"].items() if dtype == torch.bfloat16}
+    assert halved == packed
+    with pytest.raises(MisconfigurationException, match=r"factor_dtype='int8'; choose from"):
+        MaTSStatsCallback(factor_dtype="int8")  # type: ignore[arg-type]
 
 
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:

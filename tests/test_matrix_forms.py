@@ -193,6 +193,9 @@ def test_large_factors_are_cut_into_blocks(tmp_path: Path) -> None:
     for batch in batches:
         capture_batch(capture, model, batch)
     assert sum(t.nbytes for t in cut.tensors.values()) == coverage.bytes()
+    reasons = {name: row.reason for name, row in coverage.rows.items()}
+    assert reasons["first.weight"] == "A is cut into 3 blocks, G is cut into 2 blocks"
+    assert reasons["head.weight"] == "A is cut into 3 blocks"
     assert cut.info["blocks"] == {
         "first": [3, 2], "second": [2, 3], "conv": [2, 2], "head": [3, 1]
     }  # fmt: skip

@@ -41,6 +41,12 @@ class MatrixSizes:
     def g(self) -> tuple[int, int]:
         return self.groups * self.blocks_out, self.d_out // self.blocks_out
 
+    def cuts(self, with_g: bool) -> str:
+        """What is cut, for the table; nothing where all is whole."""
+        counts = {"A": self.blocks_in, "G": self.blocks_out if with_g else 1}
+        cut = [f"{name} is cut into {count} blocks" for name, count in counts.items() if count > 1]
+        return ", ".join(cut)
+
     def within(self, limit: int) -> "MatrixSizes":
         """The same in as few equal blocks as keep to the limit, where there are any."""
         out, into = _blocks(self.d_out, limit), _blocks(self.d_in, limit)
@@ -63,8 +69,8 @@ class ParameterCoverage:
     shape: tuple[int, ...]
     module: str
     statistics: list[str] = field(default_factory=list)
-    reason: str = ""  # why a statistic that was asked for is missing
-    matrix: "MatrixSizes | None" = None  # of a weight with A and G
+    reason: str = ""  # why a statistic that was asked for is missing, or not whole
+    matrix: MatrixSizes | None = None  # of a weight with A and G
 
     def drop(self, kinds: Iterable[str], reason: str) -> None:
         self.statistics = [kind for kind in self.statistics if kind not in set(kinds)]

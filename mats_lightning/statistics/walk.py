@@ -172,6 +172,8 @@ class _Walk:
                 f"no {' or '.join(large)}: size {max(size[kind] for kind in large)} is above"
                 f" max_factor_size={self._limit}"
             )
-        elif not row.statistics:
+        elif row.matrix is not None and {GRAM, KFAC} & set(row.statistics):
+            row.reason = row.matrix.cuts(KFAC in row.statistics)
+        if not chosen:
             kind = type(module).__name__
             row.reason = f"no statistic that was chosen fits a {kind} {row.shape}"

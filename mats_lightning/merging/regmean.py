@@ -70,14 +70,14 @@ def regmean(
                 with_bias=name in folded,
             )
             form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
-            doubles = [form.of(tensor.double()) for tensor in tensors]
-            if name in folded:
-                biases = [theta[folded[name]] for theta in thetas]
-                doubles = [beside(t, b) for t, b in zip(doubles, biases, strict=True)]
-            b = sum(
-                (c.matvec(t) for c, t in zip(operators, doubles, strict=True)),
-                torch.zeros_like(doubles[0]),
-            )
+            b: Tensor | None = None
+            for c, tensor, theta in zip(operators, tensors, thetas, strict=True):
+                block = form.of(tensor.double())  # one at a time: embeddings are large
+                if name in folded:
+                    block = beside(block, theta[folded[name]])
+                product = c.matvec(block)
+                b = product if b is None else b.add_(product)
+            assert b is not None
             try:
                 value = _closed_form(operators, b)
             except ValueError as error:
@@ -98,8 +98,8 @@ def _closed_form(operators: Sequence[Operator], b: Tensor) -> Tensor:
     """The X with sum C_i X = B, each C_i a product with a matrix from the right, or diagonal."""
     first = operators[0].operator if isinstance(operators[0], Damped) else operators[0]
     if isinstance(first, Diagonal):
-        one = torch.ones_like(b)
-        total = sum((c.matvec(one) for c in operators), torch.zeros_like(b))
+        one = b.new_ones(len(b), 1)
+        total = sum((c.matvec(one) for c in operators), torch.zeros_like(one))
         if not bool((total > 0).all()):
             raise ValueError("rows that no task looked up need a damping above 0")
         return b / total

@@ -955,7 +955,7 @@ def test_one_statistic_may_be_a_string(tmp_path: Path) -> None:
 def test_factors_may_be_saved_in_bfloat16(tmp_path: Path) -> None:
     sizes = {}
     for dtype in (None, "bfloat16"):
-        callback = MaTSStatsCallback(factor_dtype=dtype)  # type: ignore[arg-type]
+        callback = MaTSStatsCallback(factor_dtype=dtype)
         fit(Module(MLP()), in_single(vectors()), tmp_path / str(dtype), callback)
         (path,) = (tmp_path / str(dtype)).rglob("*.safetensors")
         sizes[dtype] = {key: tensor.dtype for key, tensor in load_file(path).items()}

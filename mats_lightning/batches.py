@@ -144,3 +144,20 @@ def check_loss_reduction(reduction: LossReduction) -> None:
             f"loss_reduction={reduction!r}; choose from {', '.join(LOSS_REDUCTIONS)}, or pass a"
             " function of the batch that gives what the loss was divided by"
         )
+
+
+def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
+    """Raises ValueError where "mean" is said of a loss that is a mean by class weights."""
+    if reduction != "mean":
+        return
+    for name, module in model.named_modules():
+        weighted = (
+            isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.weight is not None
+        )
+        if weighted and module.reduction == "mean":
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__} with class weights: its mean is divided by"
+                " the sum of the labels' weights, not by the number of examples; pass"
+                f" loss_reduction=lambda batch: module.{name}.weight[labels].sum(), with the"
+                " batch's labels"
+            )

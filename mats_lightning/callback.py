@@ -27,6 +27,7 @@ from mats_lightning.batches import (
     Masks,
     attention_mask,
     batch_size,
+    check_loss_modules,
     check_loss_reduction,
     default_masks,
     loss_divisor,
@@ -228,6 +229,11 @@ class MaTSStatsCallback(Callback):
                 "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
                 f" {type(pl_module).__name__}:\n{coverage.summary()}"
             )
+        if self.sampling is None:
+            try:
+                check_loss_modules(pl_module, self.loss_reduction)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
         first = first_epoch(trainer, self.last_n_epochs)
         self._fit = Accumulation(coverage, self.last_n_epochs, first)
         if averaging := averaging_callback(trainer):

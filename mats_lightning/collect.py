@@ -17,6 +17,7 @@ from mats_lightning.batches import (
     MaskFn,
     Masks,
     batch_size,
+    check_loss_modules,
     check_loss_reduction,
     default_masks,
     loss_divisor,
@@ -108,6 +109,8 @@ def collect_statistics(
             f"no trainable parameter of {type(model).__name__} is in a layer that is covered:\n"
             f"{coverage.summary()}"
         )
+    if lightning and sampling is None and loss_fn is None:
+        check_loss_modules(model, loss_reduction or "mean")
     device = trainable[0].device
     mask = mask_fn or default_masks(model)
     reduction: LossReduction = "sum" if sampling else loss_reduction or "mean"

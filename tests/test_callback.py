@@ -42,7 +42,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
-from mats_lightning import MaTSStatsCallback, Statistics, load_statistics, sidecar_path
+from mats_lightning import (
+    MaTSStatsCallback,
+    Statistics,
+    collect_statistics,
+    load_statistics,
+    sidecar_path,
+)
 from mats_lightning.sidecar import check_belongs
 
 QUIET: dict[str, Any] = {
@@ -950,6 +956,53 @@ def test_one_statistic_may_be_a_string(tmp_path: Path) -> None:
     fit(Module(MLP()), in_single(vectors()), tmp_path, callback)
     assert set(callback.statistics.gram) == {"model.first", "model.second"}
     assert not callback.statistics.kfac
+
+
+class ByClass(Module):
+    """A mean by class weights, as a module of torch takes it."""
+
+    def __init__(self) -> None:
+        super().__init__(Logits())
+        self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.criterion(self.model(batch), batch["labels"])
+        return loss
+
+
+class Logits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.head(batch["x"])
+        return logits
+
+
+def test_a_mean_by_class_weights_needs_its_divisor(tmp_path: Path) -> None:
+    module, batches = ByClass().double(), vectors(UNEVEN)
+    message = r"'criterion' is a CrossEntropyLoss with class weights: .* pass loss_reduction=lambda"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, batches, tmp_path, MaTSStatsCallback(), precision="64-true")
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(module, batches, progress=False)
+    weights = module.criterion.weight
+    assert weights is not None
+
+    def divisor(batch: Batch) -> float:
+        return float(weights[batch["labels"]].sum())
+
+    def losses(batch: Batch) -> Tensor:
+        logits = module.model(batch)
+        return F.cross_entropy(logits, batch["labels"], weight=weights, reduction="none")
+
+    wanted = expected(losses, batches, root=module)
+    callback = MaTSStatsCallback(loss_reduction=divisor)
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    assert_equals(callback.statistics, wanted, 1e-9, [])
+    found = collect_statistics(module, batches, loss_reduction=divisor, progress=False)
+    assert_equals(found, wanted, 1e-9, [])
 
 
 def test_factors_may_be_saved_in_bfloat16(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each acts on a parameter in its own shape. `scaled` folds a factor into the stor
 that a product costs nothing more.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -117,6 +118,20 @@ class Damped:
 
     def scaled(self, factor: float) -> Self:
         return replace(self, operator=self.operator.scaled(factor), shift=self.shift * factor)
+
+
+def sum_of_products(operators: Sequence[Operator], xs: Iterable[Tensor]) -> Tensor:
+    """sum_i C_i x_i, in the shape of the x_i."""
+    total: Tensor | None = None
+    for c, x in zip(operators, xs, strict=True):
+        if total is None:
+            total = c.matvec(x)
+        elif isinstance(c, KroneckerFactored) and x.ndim == 2:
+            total.addmm_(c.g, x @ c.a)  # no pass over a product of its own
+        else:
+            total.add_(c.matvec(x))
+    assert total is not None
+    return total
 
 
 def scale_off_diagonal(matrix: Tensor, factor: float) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
 from mats_lightning.statistics import Coverage, Statistics
-from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED
+from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
 
 SUFFIX = ".mats.safetensors"
 FORMAT, FORMAT_VERSION = "mats_lightning", 1
@@ -115,7 +115,7 @@ def save_statistics(
     tensors: dict[str, Tensor] = {}
     for key in statistics.tensors:
         tensor = statistics.tensors[key].detach().cpu()
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise ValueError(f"{path}: '{key}' has NaN or inf: a loss or gradient was not finite")
         if key.split("/")[0] in PACKED:
             tensors[key] = _pack(tensor).to(factor_dtype or tensor.dtype)
@@ -215,7 +215,7 @@ class SidecarTensors(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{self.path}: '{key}' cannot be read ({error})") from error
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
         return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
 

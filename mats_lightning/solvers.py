@@ -32,21 +32,26 @@ def conjugate_gradient(
     iterations: int,
     tolerance: float = 0.0,
     preconditioner: Function | None = None,
+    residual: Function | None = None,
     keep: Collection[int] = (),
 ) -> Solution:
     """The conjugate gradient method of Hestenes and Stiefel, started at `x0`.
 
     Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
     along which C is positive. `preconditioner` applies an approximate inverse of C, symmetric
-    positive definite. `keep` names iteration counts whose states are returned too, from the same
-    run; a run that stops earlier gives its last state for them.
+    positive definite. `residual` gives b - C x, where that can be had with less rounding than from
+    `matvec`. It is what the iteration starts with, and what must be within the tolerance at the
+    end: the recursion's own drifts away from it, and is replaced by it. `keep` names iteration
+    counts whose states are returned too, from the same run; a run that stops earlier gives its
+    last state for them.
 
     Raises ValueError for negative iterations, or NaN or inf in what it is given.
     """
     if iterations < 0 or any(count < 0 for count in keep):
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
+    exact = residual or (lambda x: b - matvec(x))
     x = x0.clone()
-    r = b - matvec(x)
+    r = exact(x)
     norm_b = float(b.norm()) or 1.0
     residuals = [float(r.norm()) / norm_b]
     kept = {0: x.clone()} if 0 in keep else {}
@@ -64,11 +69,15 @@ def conjugate_gradient(
         r.sub_(cp, alpha=alpha)
         done += 1
         residuals.append(float(r.norm()) / norm_b)
+        seems_done = residuals[-1] <= tolerance
+        if seems_done:
+            r = exact(x)
+            residuals[-1] = float(r.norm()) / norm_b
         if done in keep:
             kept[done] = x.clone()
         z = preconditioner(r) if preconditioner else r
         rz, before = float((r * z).sum()), rz
-        p.mul_(rz / before).add_(z)
+        p.mul_(0.0 if seems_done else rz / before).add_(z)  # 0: from here on anew
     if not all(map(math.isfinite, [*residuals, rz])):
         raise ValueError(
             "NaN or inf in conjugate gradients: the operator, the preconditioner, the right-hand"
@@ -106,6 +115,48 @@ def kronecker_inverse(a: Tensor, g: Tensor, damping_a: float, damping_g: float) 
     inverse_a = torch.cholesky_inverse(_cholesky(a, damping_a)).to(a.dtype)
     inverse_g = torch.cholesky_inverse(_cholesky(g, damping_g)).to(a.dtype)
     return lambda r: inverse_g @ (r @ inverse_a)
+
+
+def two_kronecker_inverse(
+    a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], damping: float
+) -> Function:
+    """R (d_out, d_in) -> the X with G_1 X A_1 + G_2 X A_2 = R, the closed form for two tasks.
+
+    All four are symmetric and positive semi-definite, (d_in, d_in) and (d_out, d_out), or one of
+    each a group, and `damping` times its mean eigenvalue is added to each. With
+    A_1 V = (A_1 + A_2) V diag(m), V^T (A_1 + A_2) V = I, and likewise U and n for G,
+    X = U [(U^T R V) / (n m^T + (1 - n) (1 - m)^T)] V^T: two generalised eigenvalue problems of
+    the sums, in which the tasks stand alike (Golub and Van Loan, Matrix Computations, 8.7).
+
+    Raises ValueError when a damped sum is not positive definite.
+    """
+    u, n, scale_g = _joint_eigenvectors(*g, damping)
+    v, m, scale_a = _joint_eigenvectors(*a, damping)
+    first, second = (x * y for x, y in zip(scale_g, scale_a, strict=True))
+    n, m = n.unsqueeze(-1), m.unsqueeze(-2)
+    eigenvalues = first * n * m + second * (1 - n) * (1 - m)
+
+    def apply(r: Tensor) -> Tensor:
+        x = u @ ((u.mT @ r.double() @ v) / eigenvalues) @ v.mT
+        return x.to(r.dtype)
+
+    return apply
+
+
+def _joint_eigenvectors(
+    first: Tensor, second: Tensor, damping: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """V, m and c: V^T M_1 V = c_1 diag(m), V^T M_2 V = c_2 (I - diag(m)), of the damped M."""
+    matrices = [matrix.to(torch.float64, copy=True) for matrix in (first, second)]
+    means = [matrix.diagonal(0, -2, -1).mean(-1)[..., None, None] for matrix in matrices]
+    for matrix, mean in zip(matrices, means, strict=True):  # one may be far larger, or zero
+        matrix.div_(torch.where(mean > 0, mean, 1.0)).diagonal(0, -2, -1).add_(damping)
+    factor = _cholesky(matrices[0] + matrices[1], 0.0)
+    half = torch.linalg.solve_triangular(factor, matrices[0], upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    m, q = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    vectors = torch.linalg.solve_triangular(factor.mT, q, upper=True)
+    return vectors, m.clamp(0, 1), (means[0], means[1])
 
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:

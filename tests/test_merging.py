@@ -397,6 +397,64 @@ def test_equal_factors_make_the_kronecker_preconditioner_exact(problem: Problem)
         assert block.residuals[1] < 1e-11 < plain.blocks[name].residuals[1], name
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_two_tasks_have_a_closed_form(problem: Problem, normalize: bool) -> None:
+    two = problem.of([0, 2])
+    two.factors[1] = two.factors[1].map(lambda t: 1e-4 * t)  # far smaller than the other's
+    options: dict[str, Any] = {"iterations": 1, "normalize": normalize, "weights": [1.0, 3.0]}
+    options |= {"preconditioner_damping": 0.0, "tolerance": 1e-12}
+    exact = mats(two.thetas, two.statistics, preconditioner="exact", **options)
+    assert {n for n, b in exact.blocks.items() if b.statistic == "kfac"} == set(MATRICES)
+    assert all(block.converged for block in exact.blocks.values())
+    converged = solved(two, "kfac", normalize=normalize, weights=[1.0, 3.0])
+    assert_states(exact.state_dict, converged, 1e-8)
+
+
+def test_other_sums_of_kronecker_factors_have_none(problem: Problem) -> None:
+    message = "MaTS of 'first.weight': K-FAC with more than two tasks has no closed form: take"
+    with pytest.raises(ValueError, match=message):
+        mats(problem.thetas, problem.statistics, preconditioner="exact")
+    two = problem.of([0, 1])
+    with pytest.raises(ValueError, match="K-FAC with damping > 0 has no closed form"):
+        mats(two.thetas, two.statistics, preconditioner="exact", damping=0.1)
+    one = problem.of([0])
+    mats(one.thetas, one.statistics, preconditioner="exact", damping=0.1)
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+def test_float32_reaches_a_residual_of_1e_6(preconditioner: str | None) -> None:
+    """Also where the models are far from zero, and close to each other: no digits are lost."""
+    generator = torch.Generator().manual_seed(0)
+    d, tasks = 24, 4
+    start = 100 + normal(generator, d, d)
+    thetas = [{"m.weight": (start + normal(generator, d, d)).float()} for _ in range(tasks)]
+    spectrum = torch.logspace(0, -2, d, dtype=torch.float64)
+
+    def factor() -> Tensor:
+        q = torch.linalg.qr(normal(generator, d, d)).Q
+        return ((q * spectrum) @ q.T).float()
+
+    factors = [Factors({}, {}, {"m": factor()}, {"m": factor()}) for _ in range(tasks)]
+    result = mats(
+        thetas,
+        [f.statistics() for f in factors],
+        iterations=1000,
+        tolerance=1e-6,
+        normalize=False,
+        preconditioner=preconditioner,
+    )
+    block, x = result.blocks["m.weight"], result.state_dict["m.weight"].double()
+    assert x.dtype == torch.float64 and result.state_dict["m.weight"].dtype == torch.float32
+    pulls, b = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    for theta, f in zip(thetas, factors, strict=True):
+        a, g, t = f.a["m"].double(), f.g["m"].double(), theta["m.weight"].double()
+        pulls += g @ (t - x) @ a
+        b += g @ t @ a
+    assert block.converged
+    assert block.residuals[-1] <= 1e-6
+    assert float(pulls.norm() / b.norm()) < 1.1e-6
+
+
 # -- what holds of every method ----------------------------------------------------------------
 
 
@@ -963,7 +1021,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objective": "hessian"}, "objective='hessian'; choose from average, diagonal"),
     "statistic": ({"objective": ("gram", "hesse")}, "no statistic is called 'hesse'; there are"),
     "no statistic": ({"objective": ()}, "the objective is empty"),
-    "preconditioner": ({"preconditioner": "jacobi"}, "preconditioner='jacobi'; choose 'kronecker'"),
+    "preconditioner": (
+        {"preconditioner": "jacobi"},
+        "preconditioner='jacobi'; choose 'kronecker', 'exact'",
+    ),
     "init": ({"init": "zero"}, "init='zero'; choose 'average', 'pretrained' or give a state dict"),
     "no start": ({"init": "pretrained"}, "init='pretrained' needs pretrained=<state dict>"),
     "another start": (

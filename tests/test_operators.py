@@ -17,6 +17,7 @@ from mats_lightning.operators import (
     KroneckerFactored,
     Operator,
     scale_off_diagonal,
+    sum_of_products,
 )
 
 Shape = tuple[int, ...]
@@ -121,6 +122,19 @@ def test_damping_leaves_the_operator_and_its_input_alone(case: Case) -> None:
     Damped(operator, 5.0).matvec(x)
     assert torch.equal(x, torch.ones_like(x))
     torch.testing.assert_close(operator.matvec(x), product)
+
+
+@pytest.mark.parametrize("case", [*FOR_ANY_SHAPE, *FOR_MATRICES, damped(kronecker)])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_sum_of_products_is_that_of_the_dense_twins(case: Case, tasks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = [case(generator, (3, 4)) for _ in range(tasks)]
+    xs = [uniform(generator, 3, 4) for _ in range(tasks)]
+    before = [x.clone() for x in xs]
+    expected = torch.stack([m @ x.flatten() for (_, m), x in zip(pairs, xs, strict=True)]).sum(0)
+    found = sum_of_products([operator for operator, _ in pairs], iter(xs))
+    torch.testing.assert_close(found.flatten(), expected)
+    assert all(torch.equal(x, old) for x, old in zip(xs, before, strict=True))
 
 
 @quick

@@ -1,6 +1,7 @@
 """Solvers against dense linear algebra, and conjugate gradients against SciPy's, in float64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mats_lightning.solvers import (
     conjugate_gradient,
     kronecker_inverse,
     symmetric_inverse,
+    two_kronecker_inverse,
 )
 
 COUNTS = (1, 2, 5, 17)
@@ -211,6 +213,37 @@ def test_nan_in_the_start_is_an_error() -> None:
         conjugate_gradient(times(positive()), random(N), random(N) * float("nan"), iterations=0)
 
 
+def test_the_residual_that_is_given_decides_whether_the_tolerance_is_reached() -> None:
+    """The products are of a matrix that is a little off, as rounding would make them."""
+    matrix, b = positive(), random(N, seed=1)
+    off = matrix + 1e-3 * positive(seed=2) / 1e3
+    solve = partial(
+        conjugate_gradient, times(off), b, torch.zeros_like(b), iterations=300, tolerance=1e-11
+    )
+    alone, mended = solve(), solve(residual=lambda x: b - matrix @ x)
+    expected = torch.linalg.solve(matrix, b)
+    assert relative_error(alone.value, expected) > 1e-5
+    assert mended.converged
+    assert relative_error(mended.value, expected) < 1e-8
+    assert mended.residuals[-1] == pytest.approx(
+        float((b - matrix @ mended.value).norm() / b.norm()), rel=1e-6
+    )
+
+
+def test_a_residual_that_never_gets_small_is_not_called_converged() -> None:
+    matrix, b = positive(), random(N, seed=1)
+    rounding = torch.Generator().manual_seed(0)
+
+    def residual(x: Tensor) -> Tensor:
+        return b - matrix @ x + 1e-4 * torch.randn(N, generator=rounding, dtype=torch.float64)
+
+    solution = conjugate_gradient(
+        times(matrix), b, b, iterations=60, tolerance=1e-9, residual=residual
+    )
+    assert not solution.converged
+    assert solution.iterations == 60
+
+
 # -- inverses ----------------------------------------------------------------------------------
 
 
@@ -264,3 +297,51 @@ def test_kronecker_inverse_refuses_a_singular_factor(which: str) -> None:
     a, g = (singular, positive(4)) if which == "a" else (positive(4), singular)
     with pytest.raises(ValueError, match=r"\(3, 3\) matrix with damping 0.0e\+00 is not positive"):
         kronecker_inverse(a, g, 0.0, 0.0)
+
+
+def of_rank(d: int, rank: int, seed: int) -> Tensor:
+    root = random(d, rank, seed=seed)
+    return root @ root.T
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+@pytest.mark.parametrize("ranks", [(5, 5, 4, 4), (2, 5, 4, 1), (3, 4, 2, 3)])
+def test_two_kronecker_inverse(ranks: tuple[int, int, int, int], scale: float) -> None:
+    """Against the dense sum, also of factors that have no inverse alone, or are far smaller."""
+    a = (of_rank(5, ranks[0], 1), scale * of_rank(5, ranks[1], 2))
+    g = (of_rank(4, ranks[2], 3), of_rank(4, ranks[3], 4))
+    before = [m.clone() for m in (*a, *g)]
+    damping, r = 0.03, random(4, 5, seed=5)
+
+    def damped(m: Tensor) -> Tensor:
+        return m + damping * float(m.trace()) / len(m) * torch.eye(len(m), dtype=m.dtype)
+
+    matrix = sum(torch.kron(damped(y), damped(x)) for x, y in zip(a, g, strict=True))
+    assert isinstance(matrix, Tensor)
+    expected = torch.linalg.solve(matrix, r.flatten()).view(4, 5)
+    torch.testing.assert_close(two_kronecker_inverse(a, g, damping)(r), expected)
+    assert all(torch.equal(m, old) for m, old in zip((*a, *g), before, strict=True))
+
+
+def test_two_kronecker_inverse_of_groups_is_that_of_each() -> None:
+    """Factors in the form of a convolution with groups, on weights (groups, 1, 1, d_out, d_in)."""
+    a = tuple(torch.stack([positive(5, seed=s), positive(5, seed=s + 1)]) for s in (1, 3))
+    g = tuple(torch.stack([positive(4, seed=s), positive(4, seed=s + 1)]) for s in (5, 7))
+    r = random(2, 1, 1, 4, 5)
+    (a1, a2), (g1, g2) = (tuple(m.reshape(2, 1, 1, *m.shape[1:]) for m in pair) for pair in (a, g))
+    found = two_kronecker_inverse((a1, a2), (g1, g2), 0.0)(r)
+    for i in range(2):
+        alone = two_kronecker_inverse((a[0][i], a[1][i]), (g[0][i], g[1][i]), 0.0)
+        torch.testing.assert_close(found[i, 0, 0], alone(r[i, 0, 0]))
+
+
+def test_two_kronecker_inverse_where_one_task_has_no_curvature() -> None:
+    a, g, r = positive(5, seed=1), positive(4, seed=2), random(4, 5, seed=3)
+    found = two_kronecker_inverse((a, positive(5)), (g, torch.zeros_like(g)), 1e-12)(r)
+    torch.testing.assert_close(found, kronecker_inverse(a, g, 0.0, 0.0)(r), rtol=1e-6, atol=1e-9)
+
+
+def test_two_kronecker_inverse_refuses_a_singular_sum() -> None:
+    a, g = positive(5), of_rank(4, 2, 1)
+    with pytest.raises(ValueError, match=r"a \(4, 4\) matrix .* is not positive definite"):
+        two_kronecker_inverse((a, a), (g, g - 1e-3 * torch.eye(4, dtype=g.dtype)), 0.0)

@@ -18,6 +18,7 @@ from mats_lightning.operators import (
     scale_off_diagonal,
 )
 from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.record import finite
 
 UNCOVERED = ("average", "pretrained", "error")
 
@@ -83,7 +84,7 @@ def operator(
                 f"the {kind} of '{name}' has shape {tuple(tensor.shape)}, its parameter"
                 f" {tuple(like.shape)} needs {shape}: these statistics are of another architecture"
             )
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise ValueError(f"the {kind} of '{name}' has NaN or inf; take the statistics anew")
         return tensor.detach().to(like)
 

@@ -6,9 +6,9 @@ conjugate gradient method, from a chosen start and for a chosen number of iterat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TypedDict, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from mats_lightning.merging.blocks import (
@@ -25,8 +25,8 @@ from mats_lightning.merging.models import (
     parameters,
     weighted_mean,
 )
-from mats_lightning.merging.preconditioner import block_preconditioner
-from mats_lightning.operators import Operator
+from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
+from mats_lightning.operators import Operator, sum_of_products
 from mats_lightning.solvers import conjugate_gradient
 from mats_lightning.statistics import Statistics
 
@@ -128,9 +128,11 @@ def mats(
         init: where CG starts: "average", "pretrained", or a state dict.
         iterations: of CG; a sequence gives the states after each of these counts, from one run,
             as {count: MergeResult}.
-        preconditioner: "kronecker" applies the inverse of (sum A) x (sum G) (exact for
-            objectives whose sum is of one factor); None is plain CG, as in the paper.
-        preconditioner_damping: added to each factor of it, relative to its mean eigenvalue.
+        preconditioner: "kronecker" applies the inverse of (sum A) x (sum G), exact for
+            objectives whose sum is of one factor; "exact" has the closed form of K-FAC for two
+            tasks, too; None is plain CG, as in the paper.
+        preconditioner_damping: added to each factor of it, relative to its mean eigenvalue. Where
+            the preconditioner is exact, one iteration with a small one (1e-8) is the closed form.
         off_diagonal: scales the off-diagonal of A, G and block Fishers (the paper's lambda).
         damping: C_i + damping (mean eigenvalue of C_i) I, on both sides of the equation.
         floor: the least value of a diagonal Fisher.
@@ -150,8 +152,9 @@ def mats(
     counts = [iterations] if isinstance(iterations, int) else list(iterations)
     if not counts or min(counts) < 0:
         raise ValueError(f"iterations={iterations}: give counts that are not negative")
-    if preconditioner not in ("kronecker", None):
-        raise ValueError(f"preconditioner={preconditioner!r}; choose 'kronecker' or None")
+    if preconditioner not in (*PRECONDITIONERS, None):
+        known = ", ".join(map(repr, PRECONDITIONERS))
+        raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
     check_range("preconditioner_damping", preconditioner_damping)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
@@ -196,21 +199,29 @@ def mats(
         x0 = weighted_mean(tensors, w) if start is None else blocks[-1]
 
         def matvec(x: Tensor, operators: Sequence[Operator] = operators) -> Tensor:
-            return sum((c.matvec(x) for c in operators), torch.zeros_like(x))
+            return sum_of_products(operators, repeat(x, len(operators)))
+
+        def residual(
+            x: Tensor,
+            operators: Sequence[Operator] = operators,
+            tensors: Sequence[Tensor] = tensors,
+        ) -> Tensor:
+            """Small differences are multiplied, not large products subtracted."""
+            return sum_of_products(operators, (t - x for t in tensors))
 
         try:
             solution = conjugate_gradient(
                 matvec,
-                sum(
-                    (c.matvec(t) for c, t in zip(operators, tensors, strict=True)),
-                    torch.zeros_like(x0),
-                ),
+                sum_of_products(operators, tensors),
                 x0,
                 iterations=max(counts),
                 tolerance=tolerance,
-                preconditioner=block_preconditioner(operators, preconditioner_damping)
+                preconditioner=block_preconditioner(
+                    operators, preconditioner_damping, preconditioner
+                )
                 if preconditioner
                 else None,
+                residual=residual,
                 keep=counts,
             )
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Statistics: raw sums with their counts, divided once, on access."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -42,6 +43,11 @@ class View(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or inf; both come out as an extreme, in one pass without a copy."""
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 @dataclass(eq=False)

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": set(),
     "merging": {"operators", "solvers", "statistics"},
     "checkpoints": {"names"},
+    "lora": {"checkpoints", "merging", "operators", "statistics"},
     "tasks": {"checkpoints", "names", "sidecar", "statistics"},
     "export": {"names"},
     "report": set(),
@@ -149,6 +150,7 @@ def test_who_knows_lightning() -> None:
         "solvers",
         "merging",
         "checkpoints",
+        "lora",
     ],
 )
 def test_who_knows_it_through_nobody_either(name: str) -> None:

@@ -1,0 +1,373 @@
+"""LoRA adapters merged as what they add to the weights: their products, and back to factors.
+
+An adapter adds scaling B A to a layer's weight. The factors of two adapters span other spaces, so
+their averages mean little; the products can be merged by any method, with the curvature of the
+weights that they sit on (`adapted_weights=True`), and made into factors of any rank again:
+
+    adapters = [load_lora(path) for path in paths]
+    merged = merging.mats(lora_products(adapters), statistics).state_dict
+    adapter, lost = refactor(merged, rank=8, like=adapters[0], statistics=statistics)
+    save_lora("merged", adapter)
+
+Products have the names of the weights that they are added to, "<layer>.base_layer.weight".
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from mats_lightning.checkpoints import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_NAME,
+    adapter_config,
+    load_weights,
+)
+from mats_lightning.merging.blocks import covering_statistics, operator
+from mats_lightning.merging.forms import matrix_form
+from mats_lightning.merging.models import check_range, check_weights, merge_dtype
+from mats_lightning.operators import Gram, KroneckerFactored
+from mats_lightning.statistics import Statistics
+
+A, B = f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight"
+BASE = ".base_layer.weight"
+HEAD = f".modules_to_save.{ADAPTER_NAME}."
+# what makes an adapter something else than W + scaling B A with the W of the model's own folder
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "megatron_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change W as well
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA adapter: peft's configuration, and the weights by their names in a PeftModel.
+
+    `weights` are the factors A (rank, d_in) and B (d_out, rank) of each layer, and the modules
+    that were saved whole (heads). `prefix` is what precedes peft's names in a LightningModule.
+    """
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    prefix: str = ""
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that are adapted, in the order of the weights."""
+        return [name.removesuffix(A) for name in self.weights if name.endswith(A)]
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """What was trained beside the factors, and belongs to the task (`modules_to_save`)."""
+        return {name: self.weights[name] for name in self.weights if HEAD in name}
+
+    def with_head(self, other: "Lora") -> "Lora":
+        """These factors with the head of another adapter."""
+        factors = {n: self.weights[n] for n in self.weights if HEAD not in n}
+        saved = other.config.get("modules_to_save")
+        return replace(
+            self, config={**self.config, "modules_to_save": saved}, weights=factors | other.head
+        )
+
+    def scaling(self, layer: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA, of this layer."""
+        alpha = self.config["lora_alpha"]
+        inside = layer.removeprefix(self.prefix).removeprefix("base_model.model.")
+        for pattern, of_layer in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", inside):
+                alpha = of_layer
+                break
+        rank = len(self.weights[layer + A])
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are (d_in, d_out), as in Hugging Face's Conv1D."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+
+def load_lora(folder: str | os.PathLike[str], prefix: str = "") -> Lora:
+    """The LoRA adapter that peft saved in `folder`, its weights read lazily.
+
+    Raises FileNotFoundError where there is none, ValueError for one that is more than products of
+    two factors on linear layers (DoRA and other variants, trained biases, embeddings,
+    convolutions, starts like PiSSA that change the weights below).
+    """
+    folder = Path(folder)
+    if not (folder / ADAPTER).is_file():
+        raise FileNotFoundError(f"no adapter in {folder}: expected {ADAPTER}, as peft saves it")
+    lora = Lora(adapter_config(folder), load_weights(folder / ADAPTER, prefix), prefix)
+    _check_lora(lora, f"the adapter in {folder}")
+    return lora
+
+
+def lora_products(adapters: Sequence[Lora]) -> list[Mapping[str, Tensor]]:
+    """For each adapter, {"<layer>.base_layer.weight": scaling B A}, in the weight's own shape.
+
+    Computed as they are read, in float32 at least. They are what merge functions take as models;
+    the model that these started from is 0 everywhere (`torch.zeros_like`). Heads are left out.
+
+    Raises ValueError for adapters that do not sit on the same layers, or not in the same way.
+    """
+    for i, adapter in enumerate(adapters):
+        _check_lora(adapter, f"adapter {i}")
+        if odd := sorted(set(adapter.layers) ^ set(adapters[0].layers)):
+            here, there = (i, 0) if odd[0] in adapter.layers else (0, i)
+            raise ValueError(
+                f"'{odd[0]}' is adapted by adapter {here} and not by adapter {there}"
+                f" ({len(odd)} such layers): merge adapters with the same target_modules"
+            )
+        if adapter.transposed != adapters[0].transposed:
+            raise ValueError(
+                f"adapters 0 and {i} differ in fan_in_fan_out: they were trained on other layers"
+            )
+    return [Products(adapter) for adapter in adapters]
+
+
+class Products(Mapping[str, Tensor]):
+    """The products of one adapter's factors."""
+
+    def __init__(self, adapter: Lora) -> None:
+        self._adapter = adapter
+        self._layers = {layer + BASE: layer for layer in adapter.layers}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers[name]
+        a, b = (self._adapter.weights[layer + factor].detach() for factor in (A, B))
+        dtype = merge_dtype([a, b])
+        product = self._adapter.scaling(layer) * (b.to(dtype) @ a.to(dtype))
+        return product.T.contiguous() if self._adapter.transposed else product
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers  # Mapping's own would compute the product
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def refactor(
+    deltas: Mapping[str, Tensor],
+    rank: int,
+    like: Lora,
+    statistics: Sequence[Statistics] = (),
+    *,
+    weights: Sequence[float] | None = None,
+    damping: float = 1e-6,
+) -> tuple[Lora, dict[str, float]]:
+    """Merged products D as factors B (d_out, rank) and A (rank, d_in), scaling 1, and what is lost.
+
+    With statistics B A is the D' of this rank that minimises |G^1/2 (D - D') C^1/2| (Frobenius),
+    where C = sum w_i A_i / mean(A_i) + damping of the layer's K-FAC factors A_i, each divided by
+    its mean eigenvalue, and G alike (the identity where there is a Gram matrix alone). It is exact
+    (Eckart and Young for G^1/2 D C^1/2); the damping, times the mean eigenvalue, is what makes
+    singular factors invertible. Without statistics it is the truncated SVD of D.
+
+    `like` gives the configuration, and the head: see `Lora.with_head`. Layers with fewer
+    dimensions than `rank` are filled up with zeros.
+
+    Returns the adapter, and for each layer |D - B A| / |D| in that norm.
+
+    Raises ValueError for a rank below 1, names that are not those of `lora_products`, statistics
+    that do not fit or do not cover a layer, or factors that are not positive definite.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank}: an adapter has 1 at least")
+    check_range("damping", damping)
+    if odd := [name for name in deltas if not name.endswith(BASE)]:
+        raise ValueError(f"'{odd[0]}' is no product of factors: expected '<layer>{BASE}'")
+    if not deltas:
+        raise ValueError("there is no product to make into factors")
+    w = check_weights(weights, len(statistics)) if statistics else []
+    kinds = covering_statistics(list(deltas), ("kfac", "gram"), statistics) if statistics else {}
+    if statistics and (uncovered := [name for name in deltas if name not in kinds]):
+        raise ValueError(
+            f"'{uncovered[0]}' has neither K-FAC factors nor a Gram matrix: take the statistics"
+            " with adapted_weights=True, or leave them out for a plain SVD"
+        )
+    factors: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
+    for name in deltas:
+        layer, delta = name.removesuffix(BASE), deltas[name].detach()
+        matrix = delta.double().T if like.transposed else delta.double()
+        try:
+            c, g = None, None
+            if statistics:
+                c, g = _norm(name, kinds[name], statistics, w, delta.double(), like.transposed)
+            b, a, lost[layer] = low_rank(matrix, rank, _damped(c, damping), _damped(g, damping))
+        except ValueError as error:
+            raise ValueError(f"refactoring '{layer}': {error}") from error
+        factors |= {layer + A: a.to(delta.dtype), layer + B: b.to(delta.dtype)}
+    config = {
+        **like.config,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "eva_config": None,
+    }
+    return replace(like, config=config, weights=factors | like.head), lost
+
+
+def low_rank(
+    matrix: Tensor, rank: int, c: Tensor | None = None, g: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """B (m, rank) and A (rank, n) that minimise |G^1/2 (D - B A) C^1/2| / |G^1/2 D C^1/2|, and that.
+
+    G (m, m) and C (n, n) positive definite, the identity where there is none. With their Cholesky
+    factors L the norm is |L_G^T (D - B A) L_C|, whose minimum the truncated SVD is.
+    """
+    left, right = _cholesky(g), _cholesky(c)
+    whitened = matrix if left is None else left.T @ matrix
+    whitened = whitened if right is None else whitened @ right
+    u, s, vt = torch.linalg.svd(whitened, full_matrices=False)
+    root = s[:rank].sqrt()
+    b, a = u[:, :rank] * root, root.unsqueeze(1) * vt[:rank]
+    if left is not None:
+        b = torch.linalg.solve_triangular(left.T, b, upper=True)
+    if right is not None:
+        a = torch.linalg.solve_triangular(right, a, upper=False, left=False)
+    missing = rank - len(root)
+    if missing > 0:
+        b, a = F.pad(b, (0, missing)), F.pad(a, (0, 0, 0, missing))
+    total = float(s.norm())
+    return b, a, float(s[rank:].norm()) / total if total else 0.0
+
+
+def save_lora(folder: str | os.PathLike[str], lora: Lora) -> Path:
+    """Write the adapter as peft does: `PeftModel.from_pretrained(model, folder)` loads it.
+
+    It is written beside its place and renamed. Returns the folder. Raises FileExistsError where
+    the folder holds something.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: save the adapter to another folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {_file_name(name, lora): lora.weights[name].contiguous() for name in lora.weights}
+    config = json.dumps(dict(lora.config), indent=2, sort_keys=True)
+    (partial / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
+    save_file(tensors, partial / ADAPTER, metadata={"format": "pt"})
+    # safetensors makes its files readable for their owner alone
+    (partial / ADAPTER).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def _file_name(name: str, lora: Lora) -> str:
+    """The name in peft's file, where the adapter's own name is left out."""
+    name = name.removeprefix(lora.prefix)
+    return name.replace(A, ".lora_A.weight").replace(B, ".lora_B.weight").replace(HEAD, ".")
+
+
+def _check_lora(lora: Lora, what: str) -> None:
+    """Raises ValueError for anything but products of two factors on linear layers, and heads."""
+    config = lora.config
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{what} is of kind {config.get('peft_type')}: only LORA has products")
+    found = [name for name in VARIANTS if config.get(name)]
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if config.get("init_lora_weights", True) not in STARTS:
+        found.append("init_lora_weights")
+    if found:
+        raise ValueError(
+            f"{what} has {found[0]}={config[found[0]]!r}: it is more than scaling B A added to the"
+            " weights of its base model, so it cannot be merged as products. Merge it factor by"
+            " factor, or fold it into its model (merge_and_unload) and merge the models"
+        )
+    for name in lora.weights:
+        if HEAD not in name and not name.endswith((A, B)):
+            raise ValueError(
+                f"{what} holds '{name}', which is neither a factor of a linear layer nor a module"
+                " that was saved whole (modules_to_save): such adapters are not merged as products"
+            )
+    for layer in lora.layers:
+        shapes = [tuple(lora.weights[layer + factor].shape) for factor in (A, B)]
+        if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+            raise ValueError(
+                f"{what}: the factors of '{layer}' have the shapes {shapes[0]} and {shapes[1]};"
+                " expected (rank, d_in) and (d_out, rank), of a linear layer"
+            )
+    if not lora.layers:
+        raise ValueError(f"{what} holds no LoRA factors")
+
+
+def _norm(
+    name: str,
+    kind: str,
+    statistics: Sequence[Statistics],
+    w: Sequence[float],
+    weight: Tensor,
+    transposed: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """C (d_in, d_in) and G (d_out, d_out): sums over tasks, each of mean eigenvalue w_i."""
+    sums: list[Tensor | None] = [None, None]
+    for task, wi in zip(statistics, w, strict=True):
+        form = matrix_form(name, kind, task, weight.shape)
+        if form.transposed != transposed:
+            raise ValueError(
+                f"fan_in_fan_out={transposed} in the adapter, and the statistics are of a"
+                f" layer whose weight is {'' if form.transposed else 'not '}transposed"
+            )
+        block = operator(name, kind, task, weight)
+        assert isinstance(block, KroneckerFactored | Gram)
+        factors = [block.a, block.g] if isinstance(block, KroneckerFactored) else [block.a]
+        for i, factor in enumerate(factors):
+            d = factor.shape[-1]
+            whole = torch.block_diag(*factor.reshape(-1, d, d))  # one block, where it is not cut
+            mean = whole.diagonal().mean()
+            if mean > 0:
+                total, whole = sums[i], wi / mean * whole
+                sums[i] = whole if total is None else total + whole
+    return sums[0], sums[1]
+
+
+def _damped(matrix: Tensor | None, damping: float) -> Tensor | None:
+    if matrix is None:
+        return None
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + damping * matrix.diagonal().mean() * eye
+
+
+def _cholesky(matrix: Tensor | None) -> Tensor | None:
+    if matrix is None:
+        return None
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info):
+        raise ValueError(
+            f"a {tuple(matrix.shape)} factor is not positive definite: raise the damping"
+        )
+    return factor

@@ -34,7 +34,7 @@ from mats_lightning.checkpoints import (
     adapter_config,
     load_weights,
 )
-from mats_lightning.merging.blocks import covering_statistics, operator
+from mats_lightning.merging.blocks import operator
 from mats_lightning.merging.forms import matrix_form
 from mats_lightning.merging.models import check_range, check_weights, merge_dtype
 from mats_lightning.operators import Gram, KroneckerFactored
@@ -180,18 +180,20 @@ def refactor(
     weights: Sequence[float] | None = None,
     damping: float = 1e-6,
 ) -> tuple[Lora, dict[str, float]]:
-    """Merged products D as factors B (d_out, rank) and A (rank, d_in), scaling 1, and what is lost.
+    """Merged products D as scaling B A, B (d_out, rank) and A (rank, d_in), and what is lost.
 
-    With statistics B A is the D' of this rank that minimises |G^1/2 (D - D') C^1/2| (Frobenius),
-    where C = sum w_i A_i / mean(A_i) + damping of the layer's K-FAC factors A_i, each divided by
-    its mean eigenvalue, and G alike (the identity where there is a Gram matrix alone). It is exact
-    (Eckart and Young for G^1/2 D C^1/2); the damping, times the mean eigenvalue, is what makes
-    singular factors invertible. Without statistics it is the truncated SVD of D.
+    With statistics scaling B A is the D' of this rank that minimises the Frobenius norm
+    |G^1/2 (D - D') C^1/2|, where C = sum w_i A_i / mean(A_i) + damping of the layer's K-FAC
+    factors A_i, each divided by its mean eigenvalue, and G alike (the identity where there is a
+    Gram matrix alone). It is exact (Eckart and Young for G^1/2 D C^1/2); the damping, times the
+    mean eigenvalue, makes singular factors invertible. Without statistics it is the truncated
+    SVD of D.
 
-    `like` gives the configuration, and the head: see `Lora.with_head`. Layers with fewer
-    dimensions than `rank` are filled up with zeros.
+    `like` gives the configuration but for the rank (so with the rank of `like` the same modules
+    load the result), and the head: see `Lora.with_head`. Layers with fewer dimensions than `rank`
+    are filled up with zeros.
 
-    Returns the adapter, and for each layer |D - B A| / |D| in that norm.
+    Returns the adapter, and for each layer |D - D'| / |D| in that norm.
 
     Raises ValueError for a rank below 1, names that are not those of `lora_products`, statistics
     that do not fit or do not cover a layer, or factors that are not positive definite.
@@ -204,12 +206,17 @@ def refactor(
     if not deltas:
         raise ValueError("there is no product to make into factors")
     w = check_weights(weights, len(statistics)) if statistics else []
-    kinds = covering_statistics(list(deltas), ("kfac", "gram"), statistics) if statistics else {}
-    if statistics and (uncovered := [name for name in deltas if name not in kinds]):
-        raise ValueError(
-            f"'{uncovered[0]}' has neither K-FAC factors nor a Gram matrix: take the statistics"
-            " with adapted_weights=True, or leave them out for a plain SVD"
-        )
+    kinds = {name: _kind(name, statistics) for name in deltas} if statistics else {}
+    config = {
+        **like.config,
+        "r": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,  # others need what is not saved
+        "eva_config": None,
+    }
+    alpha = float(config["lora_alpha"])
+    root = math.sqrt(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     factors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     for name in deltas:
@@ -222,24 +229,14 @@ def refactor(
             b, a, lost[layer] = low_rank(matrix, rank, _damped(c, damping), _damped(g, damping))
         except ValueError as error:
             raise ValueError(f"refactoring '{layer}': {error}") from error
-        factors |= {layer + A: a.to(delta.dtype), layer + B: b.to(delta.dtype)}
-    config = {
-        **like.config,
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-        "eva_config": None,
-    }
+        factors |= {layer + A: (a / root).to(delta.dtype), layer + B: (b / root).to(delta.dtype)}
     return replace(like, config=config, weights=factors | like.head), lost
 
 
 def low_rank(
     matrix: Tensor, rank: int, c: Tensor | None = None, g: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """B (m, rank) and A (rank, n) that minimise |G^1/2 (D - B A) C^1/2| / |G^1/2 D C^1/2|, and that.
+    """B (m, rank), A (rank, n) that minimise |G^1/2 (D - B A) C^1/2|; that over |G^1/2 D C^1/2|.
 
     G (m, m) and C (n, n) positive definite, the identity where there is none. With their Cholesky
     factors L the norm is |L_G^T (D - B A) L_C|, whose minimum the truncated SVD is.
@@ -322,6 +319,18 @@ def _check_lora(lora: Lora, what: str) -> None:
             )
     if not lora.layers:
         raise ValueError(f"{what} holds no LoRA factors")
+
+
+def _kind(name: str, statistics: Sequence[Statistics]) -> str:
+    module = name.removesuffix(".weight")
+    for kind in ("kfac", "gram"):
+        if all(module in getattr(task, kind) for task in statistics):
+            return kind
+    raise ValueError(
+        f"'{module}' has neither K-FAC factors nor a Gram matrix in the statistics of every model:"
+        " take them with adapted_weights=True (or is a prefix missing?), or leave them out for a"
+        " plain SVD"
+    )
 
 
 def _norm(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mats_lightning.checkpoints import ADAPTER_NAME, is_adapter, load_weights
+from mats_lightning.checkpoints import ADAPTER_NAME, adapter_config, is_adapter, load_weights
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
@@ -60,6 +61,7 @@ class Task:
         state = self.module.state_dict().items()
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
         if is_adapter(self.checkpoint):
+            self._check_adapter()
             expected = {n: s for n, s in expected.items() if ADAPTER_NAME in n.split(".")}
         if different := sorted(set(expected) ^ set(weights)):
             where = "the module" if different[0] in expected else "the checkpoint"
@@ -77,6 +79,23 @@ class Task:
                     " the module with the sizes that it was trained with"
                 )
         return weights
+
+    def _check_adapter(self) -> None:
+        """The same factors mean something else under another scaling."""
+        path = Path(self.checkpoint)
+        found = adapter_config(path if path.is_dir() else path.parent)
+        for module in self.module.modules():
+            config: Any = getattr(module, "peft_config", None)
+            if not isinstance(config, Mapping) or ADAPTER_NAME not in config:
+                continue
+            expected = config[ADAPTER_NAME].to_dict()
+            for key in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora"):
+                if (found.get(key) or None) != (expected.get(key) or None):
+                    raise ValueError(
+                        f"task '{self.name}': {self.checkpoint} was trained with"
+                        f" {key}={found.get(key)!r}, its module has {expected.get(key)!r}: build"
+                        " the module with the adapter's configuration"
+                    )
 
     def load_statistics(self) -> Statistics:
         """The statistics of the checkpoint, checked to belong to its weights.

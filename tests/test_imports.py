@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": set(),
     "merging": {"operators", "solvers", "statistics"},
     "checkpoints": {"names"},
-    "lora": {"checkpoints", "merging", "operators", "statistics"},
+    "lora": {"checkpoints", "merging"},
+    "low_rank": {"lora", "merging", "operators", "statistics"},
     "tasks": {"checkpoints", "names", "sidecar", "statistics"},
     "export": {"names"},
     "report": set(),
@@ -150,7 +151,7 @@ def test_who_knows_lightning() -> None:
         "solvers",
         "merging",
         "checkpoints",
-        "lora",
+        "low_rank",
     ],
 )
 def test_who_knows_it_through_nobody_either(name: str) -> None:

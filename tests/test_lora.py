@@ -25,7 +25,8 @@ from transformers import (
 
 from mats_lightning import MergeModule, Statistics, Task, collect_statistics, merging
 from mats_lightning.checkpoints import load_weights
-from mats_lightning.lora import Lora, load_lora, lora_products, low_rank, refactor, save_lora
+from mats_lightning.lora import Lora, load_lora, lora_products, save_lora
+from mats_lightning.low_rank import low_rank, refactor
 from mats_lightning.sidecar import save_statistics, sidecar_path
 
 State = Mapping[str, Tensor]

@@ -35,5 +35,5 @@ def iso_c(
 
 
 def _isotropic_sum(taus: list[Tensor]) -> Tensor:
-    u, s, vt = singular_vectors(torch.stack(taus).sum(0))
+    u, s, vt = singular_vectors(sum(taus, torch.zeros_like(taus[0])))
     return s.sum() / max(1, len(s)) * (u @ vt)

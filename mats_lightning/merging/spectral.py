@@ -41,7 +41,7 @@ def merge_matrices(
         if start.ndim == 2 and not any(re.search(pattern, name) for pattern in patterns):
             if not all(bool(torch.isfinite(tau).all()) for tau in taus):
                 raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
-            tau = combine([wi * tau for wi, tau in zip(w, taus, strict=True) if wi > 0])
+            tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
         else:
             tau = weighted_mean(taus, w)
         merged[name] = start.add(tau.to(start), alpha=scale).to(dtype)

@@ -48,8 +48,11 @@ def tsv_m(
 
 def _whitened_sum(taus: list[Tensor], kept: int) -> Tensor:
     """P([U_1 ...]) [S_1 ...] P([V_1 ...])^T, `kept` components of each."""
-    parts = [singular_vectors(tau) for tau in taus]
-    u = torch.cat([u[:, :kept] for u, _, _ in parts], dim=1)
-    s = torch.cat([s[:kept] for _, s, _ in parts])
-    vt = torch.cat([vt[:kept] for _, _, vt in parts])
+    us, ss, vts = [], [], []
+    for tau in taus:
+        u, s, vt = singular_vectors(tau)
+        us.append(u[:, :kept].clone())  # a view would hold all of U
+        ss.append(s[:kept])
+        vts.append(vt[:kept].clone())
+    u, s, vt = torch.cat(us, dim=1), torch.cat(ss), torch.cat(vts)
     return (orthogonal_factor(u) * s) @ orthogonal_factor(vt)

@@ -1,14 +1,15 @@
 """Weights of a checkpoint as a mapping that reads a tensor when it is asked for.
 
-Three forms are read: a Lightning checkpoint, one safetensors file, and a Hugging Face folder of
-safetensors files. None is unpickled beyond what `torch.load(weights_only=True)` admits.
+Four forms are read: a Lightning checkpoint, one safetensors file, a Hugging Face folder of
+safetensors files, and an adapter's folder as peft saves it. None is unpickled beyond what
+`torch.load(weights_only=True)` admits.
 """
 
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from mats_lightning.names import plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_NAME = "default"  # under which peft loads an adapter that is given no other name
 
 
 def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str, Tensor]:
@@ -30,7 +34,10 @@ def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str,
       "state_dict", memory-mapped;
     - a `.safetensors` file;
     - a Hugging Face folder: its `model.safetensors`, or the shards that its
-      `model.safetensors.index.json` names.
+      `model.safetensors.index.json` names;
+    - an adapter's folder (or its `adapter_model.safetensors`) as peft saves LoRA and (IA)^3: its
+      weights alone, by the names that they have in a `PeftModel` whose adapter is "default":
+      "....query.lora_A.default.weight", "....classifier.modules_to_save.default.weight".
 
     Names lose the components that wrappers put in (`mats_lightning.names.plain_name`), and get
     `prefix` in front: with "backbone.", the "encoder.layer.0..." of a Hugging Face folder has the
@@ -44,6 +51,10 @@ def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str,
     if prefix and not prefix.endswith("."):
         raise ValueError(f"prefix {prefix!r} would run into the names: expected {prefix + '.'!r}")
     path = Path(path)
+    if is_adapter(path):
+        folder = path if path.is_dir() else path.parent
+        rename = _adapter_names(adapter_config(folder))
+        return SafetensorsWeights([folder / ADAPTER], prefix, path, rename)
     if path.is_dir():
         files = _model_files(path)
     elif not path.is_file():
@@ -66,7 +77,13 @@ class SafetensorsWeights(Mapping[str, Tensor]):
     Holds names and paths, no open file and no tensor, so it can be copied and pickled.
     """
 
-    def __init__(self, files: Iterable[Path], prefix: str, source: Path) -> None:
+    def __init__(
+        self,
+        files: Iterable[Path],
+        prefix: str,
+        source: Path,
+        rename: Callable[[str], str] = plain_name,
+    ) -> None:
         home: dict[str, Path] = {}
         for file in files:
             for key in _keys(file):
@@ -76,7 +93,7 @@ class SafetensorsWeights(Mapping[str, Tensor]):
                         "expected it once. Save the model again, into an empty folder"
                     )
                 home[key] = file
-        names = _plain_names(home, prefix, source)
+        names = _plain_names(home, prefix, source, rename)
         self._stored = {name: (home[key], key) for name, key in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -95,11 +112,56 @@ class SafetensorsWeights(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def _plain_names(keys: Iterable[str], prefix: str, source: Path) -> dict[str, str]:
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether peft's adapter is there, by the folder or its file of weights."""
+    path = Path(path)
+    if path.is_dir():
+        whole = any((path / name).is_file() for name in (SINGLE, INDEX))  # a model, saved with it
+        return (path / ADAPTER).is_file() and not whole
+    return path.name == ADAPTER and path.is_file()
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """peft's configuration of the adapter. Raises FileNotFoundError or ValueError without one."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {ADAPTER_CONFIG} beside {folder / ADAPTER}: it says what kind of adapter this is."
+            " Copy it as well, or save the adapter again with PeftModel.save_pretrained"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): copy it again") from error
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "IA3"):
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ValueError(f"{path} is of an adapter of kind {kind}: LORA and IA3 are read")
+    return config
+
+
+def _adapter_names(config: Mapping[str, Any]) -> Callable[[str], str]:
+    """Name in the file -> name in a PeftModel: peft leaves the adapter's own name out there."""
+    saved = config.get("modules_to_save") or []
+
+    def name(key: str) -> str:
+        parts = plain_name(key).split(".")
+        for i, part in enumerate(parts, start=1):
+            if part.startswith(("lora_", "ia3_")):
+                return ".".join([*parts[:i], ADAPTER_NAME, *parts[i:]])
+            if any(".".join(parts[:i]).endswith(target) for target in saved):
+                return ".".join([*parts[:i], "modules_to_save", ADAPTER_NAME, *parts[i:]])
+        return plain_name(key)
+
+    return name
+
+
+def _plain_names(
+    keys: Iterable[str], prefix: str, source: Path, rename: Callable[[str], str] = plain_name
+) -> dict[str, str]:
     """{prefix + plain name: key in the file}."""
     stored: dict[str, str] = {}
     for key in keys:
-        name = prefix + plain_name(key)
+        name = prefix + rename(key)
         if name in stored:
             raise ValueError(
                 f"{source}: {stored[name]!r} and {key!r} are both {name!r} without the wrappers' "

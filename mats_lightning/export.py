@@ -105,12 +105,18 @@ def export_huggingface(
 def backbone_prefix(task: str, module: nn.Module) -> str:
     """Where the one transformers model inside of a task's module is: "backbone.", say.
 
-    Raises ValueError where there is none, or several.
+    Raises ValueError where there is none, or several, or where peft's layers are in it.
     """
     from transformers import PreTrainedModel  # seconds to import: only an export needs it
 
     found: list[str] = []
     for name, child in module.named_modules():
+        if type(child).__module__.startswith("peft."):  # told by name: peft need not be imported
+            raise ValueError(
+                f"task '{task}': '{name}' of {type(module).__name__} is peft's"
+                f" {type(child).__name__}, and export writes whole models: save the merged adapter"
+                f" with model('{task}').<where its PeftModel is>.save_pretrained(folder)"
+            )
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(child, PreTrainedModel) and not inside:
             found.append(name)

@@ -21,10 +21,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "average": merging.average,
     "task_arithmetic": merging.task_arithmetic,
     "ties": merging.ties,
+    "dare": merging.dare,
+    "iso_c": merging.iso_c,
+    "tsv_m": merging.tsv_m,
     "fisher": merging.fisher,
     "regmean": merging.regmean,
     "mats": merging.mats,
 }
+OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare", "iso_c", "tsv_m")  # need the start
 # what a method without a choice of its own takes
 STATISTICS = {"fisher": ("diagonal_fisher",), "regmean": ("gram",)}
 # rows of a comparison that merge nothing: each task's own model; the start under its head
@@ -220,7 +224,7 @@ class JointMerge:
 
     def _needs_start(self) -> bool:
         return (
-            self.method in ("pretrained", "task_arithmetic", "ties")
+            self.method in ("pretrained", *OF_TASK_VECTORS)
             or self.options.get("init") == "pretrained"
             or self.options.get("uncovered") == "pretrained"
         )

@@ -46,13 +46,14 @@ class MergeModule(pl.LightningModule):
     Arguments:
         tasks: see `Task`. Parameters in a task's head stay its own, unless its `head_group` has
             several members; all other parameters are merged.
-        method: one of average, task_arithmetic, ties, fisher, regmean, mats; or individual or
-            pretrained, the rows that a comparison needs.
+        method: one of average, task_arithmetic, ties, dare, iso_c, tsv_m, fisher, regmean, mats; or
+            individual or pretrained, the rows that a comparison needs.
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
         pretrained: the model that all tasks started from (a state dict, or a path that
-            `load_weights` reads); needed by pretrained, task_arithmetic, ties, and the options
-            init="pretrained" and uncovered="pretrained".
+            `load_weights` reads); needed by pretrained, the methods of task vectors
+            (task_arithmetic, ties, dare, iso_c, tsv_m), and the options init="pretrained" and
+            uncovered="pretrained".
         pretrained_heads: head group -> state dict of the head that it started from.
         individual: task -> primary metric of its own model, as `scores` of a MergeModule with
             method="individual" gives it.

@@ -1,10 +1,12 @@
 """A task: its name, its LightningModule, its checkpoint with statistics, its data, its head."""
 
 import os
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mats_lightning.checkpoints import load_weights
+from mats_lightning.checkpoints import ADAPTER_NAME, adapter_config, is_adapter, load_weights
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
@@ -26,7 +28,9 @@ class Task:
         name: stands before the task's metrics: "<name>/<metric>".
         module: the LightningModule that evaluates it; its weights are replaced.
         checkpoint: of the fine-tuned model: a Lightning .ckpt, a .safetensors file, or a
-            Hugging Face folder (then `prefix` is what precedes its names in the module).
+            Hugging Face folder (then `prefix` is what precedes its names in the module). Or the
+            folder of a peft adapter: what lies below it, and heads outside of it, are as they are
+            in `module`, and take no part in a merge.
         data: a LightningDataModule, or a DataLoader for test and validation alike.
         metric: the primary metric, by the name under which test_step and validation_step log it.
         head: prefixes of the parameters that belong to the task alone.
@@ -56,6 +60,9 @@ class Task:
             weights = load_weights(self.checkpoint, self.prefix)
         state = self.module.state_dict().items()
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
+        if is_adapter(self.checkpoint):
+            self._check_adapter()
+            expected = {n: s for n, s in expected.items() if ADAPTER_NAME in n.split(".")}
         if different := sorted(set(expected) ^ set(weights)):
             where = "the module" if different[0] in expected else "the checkpoint"
             raise ValueError(
@@ -73,6 +80,23 @@ class Task:
                 )
         return weights
 
+    def _check_adapter(self) -> None:
+        """The same factors mean something else under another scaling."""
+        path = Path(self.checkpoint)
+        found = adapter_config(path if path.is_dir() else path.parent)
+        for module in self.module.modules():
+            config: Any = getattr(module, "peft_config", None)
+            if not isinstance(config, Mapping) or ADAPTER_NAME not in config:
+                continue
+            expected = config[ADAPTER_NAME].to_dict()
+            for key in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora"):
+                if (found.get(key) or None) != (expected.get(key) or None):
+                    raise ValueError(
+                        f"task '{self.name}': {self.checkpoint} was trained with"
+                        f" {key}={found.get(key)!r}, its module has {expected.get(key)!r}: build"
+                        " the module with the adapter's configuration"
+                    )
+
     def load_statistics(self) -> Statistics:
         """The statistics of the checkpoint, checked to belong to its weights.
 
@@ -82,7 +106,11 @@ class Task:
         if not isinstance(statistics, Statistics):
             with self._named_in_errors():
                 statistics = load_statistics(statistics or self.checkpoint)
-        check_belongs(statistics, self.weights, f"task '{self.name}' ({self.checkpoint})")
+        weights = self.weights
+        if is_adapter(self.checkpoint):  # they may cover what lies below the adapter too
+            own = {plain_name(name): t for name, t in self.module.state_dict().items()}
+            weights = ChainMap(dict(weights), own)
+        check_belongs(statistics, weights, f"task '{self.name}' ({self.checkpoint})")
         return statistics
 
     @contextmanager

@@ -41,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": set(),
     "merging": {"operators", "solvers", "statistics"},
     "checkpoints": {"names"},
+    "lora": {"checkpoints", "merging"},
+    "low_rank": {"lora", "merging", "operators", "statistics"},
     "tasks": {"checkpoints", "names", "sidecar", "statistics"},
     "export": {"names"},
     "report": set(),
@@ -149,6 +151,7 @@ def test_who_knows_lightning() -> None:
         "solvers",
         "merging",
         "checkpoints",
+        "low_rank",
     ],
 )
 def test_who_knows_it_through_nobody_either(name: str) -> None:

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from mats_lightning import Statistics
-from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic, ties
+from mats_lightning.merging import (
+    average,
+    dare,
+    fisher,
+    iso_c,
+    mats,
+    regmean,
+    task_arithmetic,
+    ties,
+    tsv_m,
+)
 from mats_lightning.merging.preconditioner import block_preconditioner
 from mats_lightning.operators import Damped, KroneckerFactored
 
@@ -479,6 +489,12 @@ DIRECT: dict[str, Merge] = {
         p.thetas, p.pretrained, 0.3, weights=weights
     ),
     "ties": lambda p, weights=None: ties(p.thetas, p.pretrained, 0.4, 0.7, weights=weights),
+    "dare": lambda p, weights=None: dare(p.thetas, p.pretrained, 0.5, 0.3, seed=1, weights=weights),
+    "dare with ties": lambda p, weights=None: dare(
+        p.thetas, p.pretrained, 0.5, 0.3, seed=1, density=0.6, weights=weights
+    ),
+    "iso_c": lambda p, weights=None: iso_c(p.thetas, p.pretrained, 0.6, weights=weights),
+    "tsv_m": lambda p, weights=None: tsv_m(p.thetas, p.pretrained, 0.8, weights=weights),
     "fisher": lambda p, weights=None: fisher(p.thetas, p.statistics, weights=weights),
     "regmean": lambda p, weights=None: regmean(p.thetas, p.statistics, weights=weights),
     "mats, two iterations": lambda p, weights=None: (
@@ -498,9 +514,13 @@ def methods(names: Iterable[str]) -> pytest.MarkDecorator:
 
 
 every_method = methods(METHODS)
+# whose masks belong to places in the order of models
+without_dare = methods(n for n in METHODS if not n.startswith("dare"))
+# whose weights scale the task vectors
+SCALED = ("task_arithmetic", "dare", "iso_c", "tsv_m")
 
 
-@every_method
+@without_dare
 def test_the_order_of_tasks_does_not_matter(problem: Problem, merge: Merge) -> None:
     weights = [1.0, 0.25, 3.0]
     expected = merge(problem, weights=weights)
@@ -509,7 +529,7 @@ def test_the_order_of_tasks_does_not_matter(problem: Problem, merge: Merge) -> N
         assert_states(found, expected, 1e-9)
 
 
-@every_method
+@without_dare
 def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
     found = merge(problem, weights=[1.0, 0.0, 3.0])
     assert_states(found, merge(problem.of([0, 2]), weights=[1.0, 3.0]), 1e-9)
@@ -517,7 +537,7 @@ def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
         assert_states(found, merge(problem), 1e-3)
 
 
-@methods(n for n in METHODS if n != "task_arithmetic")  # whose weights scale the task vectors
+@methods(n for n in METHODS if n not in SCALED)
 def test_only_the_weights_proportions_matter(problem: Problem, merge: Merge) -> None:
     found = merge(problem, weights=[2.0, 0.5, 6.0])
     assert_states(found, merge(problem, weights=[1.0, 0.25, 3.0]), 1e-9)

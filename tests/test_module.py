@@ -362,6 +362,9 @@ MERGES: dict[str, dict[str, Any]] = {
     "average": {},
     "task_arithmetic": {"scale": 0.4},
     "ties": {"density": 0.3, "scale": 0.9},
+    "dare": {"drop_rate": 0.5, "scale": 0.4, "seed": 3},
+    "iso_c": {"scale": 0.4},
+    "tsv_m": {"scale": 0.9, "averaged": ["body.2"]},
     "fisher": {"floor": 1e-7, "normalize": True},
     "regmean": {"off_diagonal": 0.8, "uncovered": "pretrained"},
     "mats": {

@@ -1,7 +1,7 @@
 """What all merge functions check and share: models that fit together, and their weights."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -110,6 +110,13 @@ def parameters(
                     " leave it out"
                 )
         merged[name] = tensors[0].clone()
+
+
+def of_batch_norm(name: str, names: Container[str]) -> bool:
+    """Whether this is a mean or variance that batch normalisation keeps."""
+    prefix, dot, last = name.rpartition(".")
+    counted = f"{prefix}{dot}num_batches_tracked" in names
+    return counted and last in ("running_mean", "running_var")
 
 
 def _running_statistics(names: Sequence[str], thetas: Sequence[Weights]) -> dict[str, Tensor]:

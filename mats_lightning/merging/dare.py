@@ -1,0 +1,95 @@
+"""DARE: Yu et al., "Language models are super Mario", arXiv 2311.03099."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from mats_lightning.merging.models import Weights, check_models, merge_dtype, of_batch_norm
+from mats_lightning.merging.task_arithmetic import task_arithmetic
+from mats_lightning.merging.ties import ties
+
+
+def dare(
+    thetas: Sequence[Weights],
+    pretrained: Weights,
+    drop_rate: float,
+    scale: float,
+    *,
+    seed: int,
+    density: float | None = None,
+    weights: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
+    """Task arithmetic, or with a `density` TIES, of the models that `drop_and_rescale` gives.
+
+    theta_0 + scale sum w_i m_i (theta_i - theta_0) / (1 - drop_rate), each number of m_i 0 with
+    probability `drop_rate` and else 1 (eq. 2). What is called DARE with TIES elsewhere, sign
+    election without a trim, is density=1.
+
+    What is dropped depends on `seed`, the model's place in `thetas` and the parameter's name, not
+    on device, dtype or the other parameters.
+
+    Raises ValueError for models that do not fit together, bad weights, a drop rate outside [0, 1)
+    or a density outside (0, 1].
+    """
+    names = check_models(thetas, pretrained)
+    sparse = drop_and_rescale(thetas, pretrained, drop_rate, seed=seed)
+    if density is None:
+        merged = task_arithmetic(sparse, pretrained, scale, weights=weights)
+    else:
+        merged = ties(sparse, pretrained, density, scale, weights=weights)
+    for name in names:
+        stored = reduce(torch.promote_types, (theta[name].dtype for theta in thetas))
+        merged[name] = merged[name].to(stored)
+    return merged
+
+
+def drop_and_rescale(
+    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int
+) -> list[Weights]:
+    """theta_0 + m_i (theta_i - theta_0) / (1 - drop_rate) of each model, for any merge function.
+
+    In expectation it is theta_i. Computed as it is read, in float32 at least (what a narrower
+    dtype would round away is what was dropped). Counters and running statistics are as they were.
+
+    Raises ValueError for models that do not fit together or a drop rate outside [0, 1).
+    """
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate={drop_rate}: the probability of a drop lies in [0, 1)")
+    check_models(thetas, pretrained)
+    return [Sparse(theta, pretrained, drop_rate, f"{seed}/{i}") for i, theta in enumerate(thetas)]
+
+
+class Sparse(Mapping[str, Tensor]):
+    """One model with its task vector dropped and rescaled, a parameter at a time."""
+
+    def __init__(self, theta: Weights, pretrained: Weights, drop_rate: float, seed: str) -> None:
+        self._theta, self._pretrained = theta, pretrained
+        self._drop_rate, self._seed = drop_rate, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._theta[name].detach()
+        if not tensor.is_floating_point() or of_batch_norm(name, self._theta):
+            return tensor
+        start = self._pretrained[name].detach()
+        # theta_0 unrounded, or what is dropped would be small instead of 0
+        tensor = tensor.to(merge_dtype([tensor, start]))
+        start = start.to(tensor)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        # on the CPU: each kind of device has random numbers of its own
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
+        kept = drawn >= self._drop_rate
+        tau = (tensor - start).mul_(kept.to(tensor.device))
+        return start.add(tau, alpha=1 / (1 - self._drop_rate))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._theta  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._theta)
+
+    def __len__(self) -> int:
+        return len(self._theta)

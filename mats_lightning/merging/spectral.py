@@ -1,0 +1,65 @@
+"""Task matrices and their singular vectors: what Iso-C and TSV-M share."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_weights,
+    parameters,
+    weighted_mean,
+)
+
+Combine = Callable[[list[Tensor]], Tensor]
+
+
+def merge_matrices(
+    thetas: Sequence[Weights],
+    pretrained: Weights,
+    scale: float,
+    weights: Sequence[float] | None,
+    averaged: Sequence[str],
+    combine: Combine,
+) -> dict[str, Tensor]:
+    """theta_0 + scale combine([w_i tau_i]) for matrices, theta_0 + scale mean(tau_i) for the rest.
+
+    A matrix is a parameter of two axes whose name has none of the regular expressions `averaged`.
+    `combine` gets the tasks of positive weight.
+
+    Raises ValueError for models that do not fit together, bad weights, or NaN or inf.
+    """
+    names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    patterns = [averaged] if isinstance(averaged, str) else list(averaged)
+    merged: dict[str, Tensor] = {}
+    for name, tensors, dtype in parameters(names, thetas, merged):
+        start = pretrained[name].detach().to(tensors[0])
+        taus = [tensor - start for tensor in tensors]
+        if start.ndim == 2 and not any(re.search(pattern, name) for pattern in patterns):
+            if not all(bool(torch.isfinite(tau).all()) for tau in taus):
+                raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
+            tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
+        else:
+            tau = weighted_mean(taus, w)
+        merged[name] = start.add(tau.to(start), alpha=scale).to(dtype)
+    return merged
+
+
+def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), s (r,), V^T (r, n) of a matrix (m, n) of rank r, in float64.
+
+    Directions whose singular value is zero, up to rounding in the dtype of `matrix`, are left
+    out: which they are is chance.
+    """
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    rank = int((s > s[:1] * min(matrix.shape) * torch.finfo(matrix.dtype).eps).sum())
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+def orthogonal_factor(matrix: Tensor) -> Tensor:
+    """U V^T: the nearest matrix whose singular values are 1 (orthogonal Procrustes)."""
+    u, _, vt = singular_vectors(matrix)
+    return u @ vt

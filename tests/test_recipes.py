@@ -19,9 +19,10 @@ import pytest
 import torch
 import train_tasks
 import yaml
+from labelled_data import HubDataset, LabelledData, carve, distinct
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_options import MethodOptions, Options, TaskOptions, parse_options
-from text_data import HubDataset, TextData, carve, distinct
+from text_data import TextData
 from text_model import TextClassifier
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -150,17 +151,22 @@ def rows_of(*rows: tuple[str, int]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": [r[0] for r in rows], "label": [r[1] for r in rows]})
 
 
+def distinct_texts(**splits: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    key = TextData("trec").key
+    return distinct(splits, {name: [key(row) for row in rows] for name, rows in splits.items()})
+
+
 def test_duplicates_contradictions_and_empty_texts_go() -> None:
     train = rows_of(("One  two", 0), ("one TWO ", 0), ("odd", 0), ("Odd", 1), (" ", 1), ("new", 1))
     test = rows_of(("new", 1), ("other", 0))
-    kept = distinct({"train": train, "test": test})
+    kept = distinct_texts(train=train, test=test)
     assert list(kept["train"]["text"]) == ["One  two"]
     assert list(kept["test"]["text"]) == ["new", "other"]
 
 
 def test_pairs_are_told_apart_by_both_texts() -> None:
     rows = rows_of(("same", 0), ("same", 1)).add_column("pair", ["left", "right"])
-    assert len(distinct({"train": rows})["train"]) == 2
+    assert len(distinct_texts(train=rows)["train"]) == 2
 
 
 def test_a_named_split_is_kept_whole() -> None:
@@ -398,7 +404,7 @@ def test_merge_runs_as_a_script(tmp_path: Path, before: list[str]) -> None:
     assert yaml.safe_load(done.stdout)["train_rows"] == 256
 
 
-def one_task(arguments: list[str]) -> tuple[Options, TaskOptions, TextData]:
+def one_task(arguments: list[str]) -> tuple[Options, TaskOptions, LabelledData]:
     options = parse_options(arguments)
     task = options.task_list[0]
     return options, task, train_tasks.task_data(options, task)

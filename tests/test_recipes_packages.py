@@ -19,18 +19,18 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_wheel(index: Path, name: str, members: dict[str, str]) -> str:
-    """Write name-1.0-py3-none-any.whl, which requires a package that does not exist; its hash."""
+def make_wheel(index: Path, name: str, members: dict[str, str], tag: str = "py3-none-any") -> str:
+    """Write name-1.0-<tag>.whl, which requires a package that does not exist; its hash."""
     information = f"{name}-1.0.dist-info"
     members = {
         **members,
         f"{information}/METADATA": (
             f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: not-there\n"
         ),
-        f"{information}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{information}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
         f"{information}/RECORD": "",
     }
-    path = index / f"{name}-1.0-py3-none-any.whl"
+    path = index / f"{name}-1.0-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for member, text in members.items():
             archive.writestr(member, text)
@@ -49,6 +49,13 @@ def test_a_wheel_is_fetched_without_its_requirements_and_then_reused(
     (index / "toy-1.0-py3-none-any.whl").unlink()
     assert packages.fetch("toy==1.0", sha256) == folder
     assert capfd.readouterr().err == ""
+
+
+def test_one_wheel_of_a_compiled_package_serves_every_machine(index: Path) -> None:
+    tag = "cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64"
+    sha256 = make_wheel(index, "toy", {"toy/data.txt": "rows"}, tag)
+    folder = packages.fetch("toy==1.0", sha256, packages.LINUX_WHEEL)
+    assert (folder / "toy/data.txt").read_text() == "rows"
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(index: Path) -> None:

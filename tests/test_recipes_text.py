@@ -3,7 +3,7 @@
 import pytest
 import torch
 from packages import model_path
-from text_data import TextData, text_key
+from text_data import TextData
 from text_model import TextClassifier
 from text_tasks import TASKS, read_task
 from transformers import AutoTokenizer
@@ -31,7 +31,7 @@ def test_rows_and_disjoint_splits(task: str) -> None:
 
     data = TextData(task, train_rows=None, validation_rows=None, test_rows=None)
     assert data.num_classes == len(TASKS[task].classes)
-    keys = {name: [text_key(row) for row in rows] for name, rows in data.rows.items()}
+    keys = {name: [data.key(row) for row in rows] for name, rows in data.rows.items()}
     assert sum(map(len, keys.values())) == distinct
     assert len({key for found in keys.values() for key in found}) == distinct
     assert all(len(set(rows["label"])) == data.num_classes for rows in data.rows.values())

@@ -266,8 +266,13 @@ def _unpack(packed: Tensor) -> Tensor:
     packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     d = (math.isqrt(8 * packed.shape[-1] + 1) - 1) // 2
     mask = _upper(d, packed.device).expand(*packed.shape[:-1], d, d)
-    upper = packed.new_zeros(mask.shape).masked_scatter_(mask, packed)
-    return upper + upper.triu(1).mT
+    matrix = packed.new_zeros(mask.shape).masked_scatter_(mask, packed)
+    for start in range(0, d, 256):  # mirrored in blocks, so that no second matrix is needed
+        square = matrix[..., start : start + 256, start : start + 256]
+        square += square.triu(1).mT
+        below = matrix[..., start + 256 :, start : start + 256]
+        below.copy_(matrix[..., start : start + 256, start + 256 :].mT)
+    return matrix
 
 
 def _upper(d: int, device: torch.device) -> Tensor:

@@ -166,20 +166,26 @@ def task_operators(
                 f"the {kind} of '{name}' is cut into other blocks in model {i} than in model 0"
                 f" ({form} and {forms[0]}): take all statistics with the same max_factor_size"
             )
-    operators = []
-    for task, weight in zip(statistics, weights, strict=True):
-        c = operator(
+    operators: list[Operator] = [
+        operator(
             name, kind, task, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
         )
-        mean = c.mean_eigenvalue()
-        if normalize and mean > 0:
-            c, mean = c.scaled(1 / mean), 1.0
-        c = c.scaled(weight)
-        operators.append(Damped(c, damping * weight * mean) if damping and mean > 0 else c)
-    total = sum(c.mean_eigenvalue() for c in operators)
-    if total > 0:
-        return [c.scaled(1 / total) for c in operators]
-    return [Identity(weight / sum(weights)) for weight in weights]
+        for task in statistics
+    ]
+    means = [c.mean_eigenvalue() for c in operators]
+    scales = [
+        weight / mean if normalize and mean > 0 else weight
+        for weight, mean in zip(weights, means, strict=True)
+    ]
+    total = (1 + damping) * sum(s * m for s, m in zip(scales, means, strict=True))
+    if total <= 0:
+        return [Identity(weight / sum(weights)) for weight in weights]
+    for i, mean in enumerate(means):  # in place: no second copy of all tasks' factors at once
+        scale = scales[i] / total
+        c = operators[i] = operators[i].scaled(scale)
+        if damping and mean > 0:
+            operators[i] = Damped(c, damping * scale * mean)
+    return operators
 
 
 def uncovered_value(

@@ -27,7 +27,7 @@ from mats_lightning.merging.models import (
 )
 from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
 from mats_lightning.operators import Operator, sum_of_products
-from mats_lightning.solvers import conjugate_gradient
+from mats_lightning.solvers import Solution, conjugate_gradient
 from mats_lightning.statistics import Statistics
 
 # objective -> the statistics that give C_i, in order of preference for each parameter
@@ -171,61 +171,39 @@ def mats(
             on_block(name, index, len(names))
         if name in done_with_weight:
             continue
-        bias = folded.get(name)
         if name not in kind_of:
             value = uncovered_value(name, tensors, w, pretrained, uncovered).to(dtype)
             for result in results.values():
                 result.state_dict[name] = value
                 result.uncovered.append(name)
             continue
-        operators = task_operators(
-            name,
-            kind_of[name],
-            statistics,
-            tensors[0],
-            w,
-            off_diagonal=off_diagonal,
-            floor=floor,
-            damping=damping,
-            normalize=normalize,
-            with_bias=bias is not None,
-        )
+        bias = folded.get(name)
         form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
         sources = thetas if start is None else [*thetas, start]
         blocks = [form.of(source[name].detach().to(tensors[0])) for source in sources]
         if bias is not None:
             blocks = [beside(x, source[bias]) for x, source in zip(blocks, sources, strict=True)]
-        tensors = blocks[: len(thetas)]
-        x0 = weighted_mean(tensors, w) if start is None else blocks[-1]
-
-        def matvec(x: Tensor, operators: Sequence[Operator] = operators) -> Tensor:
-            return sum_of_products(operators, repeat(x, len(operators)))
-
-        def residual(
-            x: Tensor,
-            operators: Sequence[Operator] = operators,
-            tensors: Sequence[Tensor] = tensors,
-        ) -> Tensor:
-            """Small differences are multiplied, not large products subtracted."""
-            return sum_of_products(operators, (t - x for t in tensors))
-
-        try:
-            solution = conjugate_gradient(
-                matvec,
-                sum_of_products(operators, tensors),
-                x0,
-                iterations=max(counts),
-                tolerance=tolerance,
-                preconditioner=block_preconditioner(
-                    operators, preconditioner_damping, preconditioner
-                )
-                if preconditioner
-                else None,
-                residual=residual,
-                keep=counts,
-            )
-        except ValueError as error:
-            raise ValueError(f"MaTS of '{name}': {error}") from error
+        solution = _solve(
+            name,
+            task_operators(  # nothing here holds them: they go before those of the next block come
+                name,
+                kind_of[name],
+                statistics,
+                tensors[0],
+                w,
+                off_diagonal=off_diagonal,
+                floor=floor,
+                damping=damping,
+                normalize=normalize,
+                with_bias=bias is not None,
+            ),
+            blocks[: len(thetas)],
+            weighted_mean(blocks, w) if start is None else blocks[-1],
+            preconditioner,
+            preconditioner_damping,
+            tolerance,
+            counts,
+        )
         for count, result in results.items():
             done = min(count, solution.iterations)
             residuals = solution.residuals[: done + 1]
@@ -239,6 +217,43 @@ def mats(
     for result in results.values():
         result.state_dict |= fixed
     return results[counts[0]] if isinstance(iterations, int) else results
+
+
+def _solve(
+    name: str,
+    operators: Sequence[Operator],
+    tensors: Sequence[Tensor],
+    x0: Tensor,
+    preconditioner: str | None,
+    preconditioner_damping: float,
+    tolerance: float,
+    counts: Sequence[int],
+) -> Solution:
+    """x with sum C_i x = sum C_i theta_i, and its states after these counts of iterations."""
+
+    def matvec(x: Tensor) -> Tensor:
+        return sum_of_products(operators, repeat(x, len(operators)))
+
+    def residual(x: Tensor) -> Tensor:
+        """Small differences are multiplied, not large products subtracted."""
+        return sum_of_products(operators, (t - x for t in tensors))
+
+    inverse = None
+    try:
+        if preconditioner is not None:
+            inverse = block_preconditioner(operators, preconditioner_damping, preconditioner)
+        return conjugate_gradient(
+            matvec,
+            sum_of_products(operators, tensors),
+            x0,
+            iterations=max(counts),
+            tolerance=tolerance,
+            preconditioner=inverse,
+            residual=residual,
+            keep=counts,
+        )
+    except ValueError as error:
+        raise ValueError(f"MaTS of '{name}': {error}") from error
 
 
 def _kinds(objective: str | Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from typing_extensions import override
 
-__all__ = ["Batch", "Classifier"]
+__all__ = ["Batch", "Classifier", "optimizer_and_schedule"]
 
 Batch = Mapping[str, Tensor]
 
@@ -73,9 +73,12 @@ class Classifier(L.LightningModule):
         logits: Tensor = self.head(self.pool(batch))
         return logits
 
+    def loss(self, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(self(batch), batch["labels"])
+
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch), batch["labels"])
+        loss = self.loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
@@ -93,15 +96,20 @@ class Classifier(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return optimizer_and_schedule(self, self.learning_rate, self.weight_decay)
+
+
+def optimizer_and_schedule(
+    module: L.LightningModule, learning_rate: float, weight_decay: float
+) -> OptimizerLRScheduler:
+    """AdamW; the learning rate rises over the first tenth of the trainer's steps, then falls."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    steps = int(module.trainer.estimated_stepping_batches)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+    }
 
 
 def load_backbone(name: str) -> PreTrainedModel:

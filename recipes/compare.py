@@ -23,7 +23,7 @@ from torch import Tensor
 from mats_lightning import MergeModule, Task
 from mats_lightning.report import Row
 
-__all__ = ["Attempt", "Comparison", "Outcome"]
+__all__ = ["Attempt", "Comparison", "Outcome", "evaluate", "evaluation_trainer"]
 
 REFERENCES = ("individual", "pretrained")  # rows to compare with: nothing is merged
 
@@ -117,14 +117,7 @@ class Comparison:
         self.tasks = tasks
         self.pretrained = pretrained
         self.pretrained_heads = pretrained_heads
-        self.trainer = L.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
+        self.trainer = evaluation_trainer(accelerator)
         self.individual: dict[str, float] | None = None
         self.best: tuple[Outcome, MergeModule] | None = None
 
@@ -217,6 +210,18 @@ class Comparison:
         result = action(*arguments)
         self._progress.advance(self._bar)
         return result, round(time.perf_counter() - started, 2)
+
+
+def evaluation_trainer(accelerator: str) -> L.Trainer:
+    """A trainer for `validate` and `test` on one device, which says nothing."""
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
 
 
 def evaluate(module: MergeModule, run: Callable[..., Any]) -> dict[str, float]:

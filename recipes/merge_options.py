@@ -1,4 +1,4 @@
-"""What can be set in the comparison (merge.py): in YAML, or on the command line over it."""
+"""What can be set in merge.py and multitask.py: in YAML, or on the command line over it."""
 
 import argparse
 import itertools
@@ -134,7 +134,11 @@ class Options:
         return [TaskOptions(task) if isinstance(task, str) else task for task in self.tasks]
 
 
-def parse_options(args: Sequence[str] | None = None) -> Options:
+def parse_options(
+    args: Sequence[str] | None = None,
+    program: str = "merge.py",
+    description: str = "Fine-tune, merge by every method, compare on all tasks.",
+) -> Options:
     """The options of merge.yaml, under those of each `--config`, of `--fast`, and of `args`.
 
     `--fast` also appends "-fast" to the `output_dir` of the configurations.
@@ -145,9 +149,7 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
 
     Raises SystemExit with the reason when an argument does not exist or does not fit.
     """
-    parser = ArgumentParser(
-        prog="merge.py", description="Fine-tune, merge by every method, compare on all tasks."
-    )
+    parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("--config", action="config", help=f"YAML over the defaults in {DEFAULT}")
     parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST}")
     parser.add_class_arguments(Options)

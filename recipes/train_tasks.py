@@ -35,11 +35,27 @@ from torch import Tensor
 from mats_lightning import MaTSStatsCallback
 from mats_lightning.sidecar import sidecar_path
 
-__all__ = ["TrainedTask", "task_data", "task_module", "train_task"]
+__all__ = [
+    "COMMON",
+    "TrainedTask",
+    "finished",
+    "folder_of",
+    "return_memory",
+    "task_data",
+    "task_folder",
+    "task_module",
+    "task_settings",
+    "train",
+    "train_task",
+    "write_json",
+]
+
+# the options that every fine-tune of a comparison shares
+COMMON = ("model", "epochs", "learning_rate", "batch_size", "train_rows", "seed")
 
 
 class TrainedTask(NamedTuple):
-    """A finished fine-tune."""
+    """A finished training."""
 
     checkpoint: Path
     seconds: float
@@ -69,54 +85,93 @@ def task_module(options: Options, task: TaskOptions, data: LabelledData) -> Clas
 
 
 def train_task(options: Options, task: TaskOptions, data: LabelledData) -> TrainedTask:
-    """The task's final checkpoint, with its statistics beside it.
-
-    It is kept when it is finished, resumed from its last epoch when it was interrupted, and
-    otherwise trained from the start.
-    """
+    """The task's final checkpoint, with its statistics beside it; see `train`."""
     module = task_module(options, task, data)
     settings = task_settings(options, task, data, module)
-    text = json.dumps(settings, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    folder = options.output_dir / "tasks" / f"{task.name}-{digest}"
-    checkpoint = folder / f"{task.name}.ckpt"
-    result, resume = folder / "result.json", folder / "resume"
-    if all(path.exists() for path in (result, checkpoint, sidecar_path(checkpoint))):
+    folder = task_folder(options, task, settings)
+    trained = train(options, module, data, folder, settings, statistics=True)
+    del module
+    return_memory()
+    return trained
+
+
+def train(
+    options: Options,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    folder: Path,
+    settings: Mapping[str, Any],
+    statistics: bool,
+) -> TrainedTask:
+    """The final checkpoint in `folder`, which is the one of these settings (`folder_of`).
+
+    It is kept when it is finished, resumed from its last epoch when it was interrupted, and
+    otherwise trained from the start. The caller lets go of `module` and calls `return_memory`.
+    """
+    result, checkpoint, resume = folder / "result.json", checkpoint_in(folder), folder / "resume"
+    if (kept := finished(folder, statistics)) is not None:
         shutil.rmtree(resume, ignore_errors=True)  # there after a kill between the last two lines
-        return TrainedTask(checkpoint, **json.loads(result.read_text()), now=False)
+        return kept
     if not folder.exists():
         report_changes(folder, settings)
         write_json(folder / "settings.json", settings)
     started = time.perf_counter()
-    trainer = fit(options, module, data, resume)
+    trainer = fit(options, module, data, resume, statistics)
     trainer.save_checkpoint(checkpoint, weights_only=True)
-    data.trainer = None  # which has the optimizer's state and the sums, in cycles that gc undoes
-    del trainer, module
-    gc.collect()
-    return_memory()
+    data.trainer = None  # which has the optimizer's state and the sums
     seconds = round(time.perf_counter() - started, 1)
     write_json(result, {"seconds": seconds})
     shutil.rmtree(resume)  # with the optimizer's state: twice the weights
     return TrainedTask(checkpoint, seconds, now=True)
 
 
+def finished(folder: Path, statistics: bool) -> TrainedTask | None:
+    """The training in `folder`, where all of it is there."""
+    result, checkpoint = folder / "result.json", checkpoint_in(folder)
+    files = [result, checkpoint, *([sidecar_path(checkpoint)] if statistics else [])]
+    if not all(path.exists() for path in files):
+        return None
+    return TrainedTask(checkpoint, **json.loads(result.read_text()), now=False)
+
+
+def folder_of(parent: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """The folder of a training: its name and a digest of its settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def task_folder(options: Options, task: TaskOptions, settings: Mapping[str, Any]) -> Path:
+    return folder_of(options.output_dir / "tasks", task.name, settings)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    return folder / f"{folder.name.rpartition('-')[0]}.ckpt"
+
+
 def return_memory() -> None:
     """Give the system back what has been freed: glibc keeps a gigabyte of it after each fit."""
+    gc.collect()  # a trainer, its module and its data are in cycles
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
             trim(0)
 
 
-def fit(options: Options, module: Classifier, data: LabelledData, resume: Path) -> L.Trainer:
-    """Train with the statistics of the last epoch, from the newest checkpoint in `resume`."""
+def fit(
+    options: Options,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    resume: Path,
+    statistics: bool,
+) -> L.Trainer:
+    """Train from the newest checkpoint in `resume`, with statistics of the last epoch if wanted."""
     L.seed_everything(options.seed, verbose=False)
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=1,
         max_epochs=options.epochs,
         callbacks=[
-            MaTSStatsCallback(last_n_epochs=1),
+            *([MaTSStatsCallback(last_n_epochs=1)] if statistics else []),
             ModelCheckpoint(resume, filename="{epoch}", save_on_train_epoch_end=True),
             RichProgressBar(),
         ],
@@ -136,9 +191,8 @@ def task_settings(
     options: Options, task: TaskOptions, data: LabelledData, module: Classifier
 ) -> dict[str, Any]:
     """All that decides what a fine-tune gives; the rows it is evaluated on are not among it."""
-    names = ("model", "epochs", "learning_rate", "batch_size", "train_rows", "seed")
     return {
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in COMMON},
         "head_group": task.head_group,
         "num_classes": data.num_classes,
         "start_weights": digest_of(module.state_dict()),

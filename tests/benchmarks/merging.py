@@ -128,8 +128,10 @@ def scipy_cg(
 
     def matvec(vector: Any) -> Any:
         x = torch.from_numpy(vector.reshape(x0.shape))
-        products = [(c.g @ (x @ c.a)).numpy() for c in operators]
-        return np.add.reduce(products).reshape(-1)
+        total = np.zeros_like(vector)
+        for c in operators:
+            total += (c.g @ (x @ c.a)).numpy().reshape(-1)
+        return total
 
     size = x0.numel()
     operator = scipy.sparse.linalg.LinearOperator((size, size), matvec, dtype=np.float32)

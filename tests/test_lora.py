@@ -588,6 +588,11 @@ def test_what_refactor_refuses(tmp_path: Path) -> None:
         refactor(merged, 2, adapters[0], damping=-1)
     with pytest.raises(ValueError, match=r"'x' is no product of factors: expected '<layer>\.base"):
         refactor(merged | {"x": torch.ones(2, 2)}, 2, adapters[0])
+    other = {f"net.{name}": tensor for name, tensor in merged.items()}
+    with pytest.raises(
+        ValueError, match=r"'net\..*' is of no layer that `like` adapts \('base_mod"
+    ):
+        refactor(other, 2, adapters[0])
     with pytest.raises(ValueError, match="no product to make into factors"):
         refactor({}, 2, adapters[0])
     without = collect_statistics(

@@ -81,9 +81,10 @@ class Lora:
     def with_head(self, other: "Lora") -> "Lora":
         """These factors with the head of another adapter."""
         factors = {n: self.weights[n] for n in self.weights if HEAD not in n}
+        head = {self.prefix + n.removeprefix(other.prefix): t for n, t in other.head.items()}
         saved = other.config.get("modules_to_save")
         return replace(
-            self, config={**self.config, "modules_to_save": saved}, weights=factors | other.head
+            self, config={**self.config, "modules_to_save": saved}, weights=factors | head
         )
 
     def scaling(self, layer: str) -> float:
@@ -216,6 +217,12 @@ def _check_lora(lora: Lora, what: str) -> None:
             raise ValueError(
                 f"{what} holds '{name}', which is neither a factor of a linear layer nor a module"
                 " that was saved whole (modules_to_save): such adapters are not merged as products"
+            )
+        pair = (A, B) if name.endswith(A) else (B, A)
+        if name.endswith(pair[0]) and name.removesuffix(pair[0]) + pair[1] not in lora.weights:
+            raise ValueError(
+                f"{what} holds '{name}' without the other factor of its layer: it is incomplete;"
+                " copy or save it again"
             )
     for layer in lora.layers:
         shapes = [tuple(lora.weights[layer + factor].shape) for factor in (A, B)]

@@ -48,6 +48,12 @@ def refactor(
     check_range("damping", damping)
     if odd := [name for name in deltas if not name.endswith(BASE)]:
         raise ValueError(f"'{odd[0]}' is no product of factors: expected '<layer>{BASE}'")
+    odd = sorted(deltas.keys() - {layer + BASE for layer in like.layers})
+    if odd and like.layers:
+        raise ValueError(
+            f"'{odd[0]}' is of no layer that `like` adapts ('{like.layers[0]}{BASE}' ...): nothing"
+            " would load its factors; give an adapter on the same layers, with the same prefix"
+        )
     if not deltas:
         raise ValueError("there is no product to make into factors")
     w = check_weights(weights, len(statistics)) if statistics else []

@@ -38,14 +38,16 @@ def conjugate_gradient(
     """The conjugate gradient method of Hestenes and Stiefel, started at `x0`.
 
     Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
-    along which C is positive. `preconditioner` applies an approximate inverse of C, symmetric
-    positive definite. `residual` gives b - C x, where that can be had with less rounding than from
-    `matvec`. It is what the iteration starts with, and what must be within the tolerance at the
-    end: the recursion's own drifts away from it, and is replaced by it. `keep` names iteration
-    counts whose states are returned too, from the same run; a run that stops earlier gives its
-    last state for them.
+    along which C is positive by more than rounding: where C is singular, a step along such a
+    direction would be of any length. `preconditioner` applies an approximate inverse of C,
+    symmetric positive definite. `residual` gives b - C x, where that can be had with less rounding
+    than from `matvec`. It is what the iteration starts with, and what must be within the tolerance
+    at the end: the recursion's own drifts away from it, and is replaced by it. `keep` names
+    iteration counts whose states are returned too, from the same run; a run that stops earlier
+    gives its last state for them.
 
-    Raises ValueError for negative iterations, or NaN or inf in what it is given.
+    Raises ValueError for negative iterations, NaN or inf in what it is given, or a preconditioner
+    that is so near to singular that rounding leaves no first step.
     """
     if iterations < 0 or any(count < 0 for count in keep):
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
@@ -58,11 +60,14 @@ def conjugate_gradient(
     z = preconditioner(r) if preconditioner else r
     p = z.clone()
     rz = float((r * z).sum())
+    eps = torch.finfo(b.dtype).eps
+    largest = float((b - r).norm()) / (float(x.norm()) or 1.0)  # a lower bound of |C|
     done = 0
     while done < iterations and residuals[-1] > tolerance and rz > 0:
         cp = matvec(p)
-        curvature = float((p * cp).sum())
-        if curvature <= 0:
+        curvature, norm_p = float((p * cp).sum()), float(p.norm())
+        largest = max(largest, float(cp.norm()) / (norm_p or 1.0))
+        if curvature <= eps * largest * norm_p**2:
             break  # rounding is all that is left along p
         alpha = rz / curvature
         x.add_(p, alpha=alpha)
@@ -82,6 +87,11 @@ def conjugate_gradient(
         raise ValueError(
             "NaN or inf in conjugate gradients: the operator, the preconditioner, the right-hand"
             " side or the start has it, or the operator is too large for its dtype"
+        )
+    if preconditioner and iterations > done == 0 and residuals[0] > max(tolerance, math.sqrt(eps)):
+        raise ValueError(
+            f"the preconditioner amplifies rounding in {b.dtype} beyond the first direction: raise"
+            " its damping, or go without it"
         )
     kept |= {count: x for count in keep if count > done}
     return Solution(x, done, residuals, residuals[-1] <= tolerance, kept)
@@ -128,13 +138,19 @@ def two_kronecker_inverse(
     X = U [(U^T R V) / (n m^T + (1 - n) (1 - m)^T)] V^T: two generalised eigenvalue problems of
     the sums, in which the tasks stand alike (Golub and Van Loan, Matrix Computations, 8.7).
 
-    Raises ValueError when a damped sum is not positive definite.
+    Raises ValueError when the damped sum of both products, or of two factors, is not positive
+    definite.
     """
     u, n, scale_g = _joint_eigenvectors(*g, damping)
     v, m, scale_a = _joint_eigenvectors(*a, damping)
     first, second = (x * y for x, y in zip(scale_g, scale_a, strict=True))
     n, m = n.unsqueeze(-1), m.unsqueeze(-2)
     eigenvalues = first * n * m + second * (1 - n) * (1 - m)
+    if not bool((eigenvalues > 0).all()):
+        raise ValueError(
+            f"the sum of two Kronecker products with damping {damping:.1e} is not positive"
+            " definite: raise the damping, or scale the off-diagonal below 1"
+        )
 
     def apply(r: Tensor) -> Tensor:
         x = u @ ((u.mT @ r.double() @ v) / eigenvalues) @ v.mT
@@ -150,8 +166,9 @@ def _joint_eigenvectors(
     matrices = [matrix.to(torch.float64, copy=True) for matrix in (first, second)]
     means = [matrix.diagonal(0, -2, -1).mean(-1)[..., None, None] for matrix in matrices]
     for matrix, mean in zip(matrices, means, strict=True):  # one may be far larger, or zero
-        matrix.div_(torch.where(mean > 0, mean, 1.0)).diagonal(0, -2, -1).add_(damping)
-    factor = _cholesky(matrices[0] + matrices[1], 0.0)
+        matrix.div_(torch.where(mean > 0, mean, 1.0))
+    factor = _cholesky(matrices[0] + matrices[1], 2 * damping)
+    matrices[0].diagonal(0, -2, -1).add_(damping)
     half = torch.linalg.solve_triangular(factor, matrices[0], upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     m, q = torch.linalg.eigh((whitened + whitened.mT) / 2)

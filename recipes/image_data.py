@@ -67,6 +67,8 @@ class ImageData(LabelledData):
     @override
     def key(self, row: Mapping[str, Any]) -> Hashable:
         image = row["image"]
+        if image is None:
+            return None
         if image.mode == "P":  # whose pixels are numbers of colours in its own palette
             image = image.convert("RGBA")
         about = f"{image.mode} {image.size} "

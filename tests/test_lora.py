@@ -563,6 +563,23 @@ def test_factors_of_no_linear_layer_are_refused(tmp_path: Path) -> None:
         load_lora(folder)
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_without_the_other_is_refused(tmp_path: Path, factor: str) -> None:
+    (folder,) = saved(tmp_path, "bert", 1)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(n for n in tensors if f"query.{factor}" in n)]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"holds '.*query\.lora_.*' without the other factor of"):
+        load_lora(folder)
+
+
+def test_a_head_takes_the_prefix_of_its_new_adapter(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, "bert", 1, 2)
+    found = load_lora(first, "net.").with_head(load_lora(second, "backbone."))
+    assert_equal(found.head, load_lora(second, "net.").head)
+
+
 def test_adapters_on_different_layers_are_refused(tmp_path: Path) -> None:
     first, second = saved(tmp_path / "a", "bert", 1, 2)
     (other,) = saved(tmp_path / "b", "bert", 3, target_modules=["query"])
@@ -588,6 +605,11 @@ def test_what_refactor_refuses(tmp_path: Path) -> None:
         refactor(merged, 2, adapters[0], damping=-1)
     with pytest.raises(ValueError, match=r"'x' is no product of factors: expected '<layer>\.base"):
         refactor(merged | {"x": torch.ones(2, 2)}, 2, adapters[0])
+    other = {f"net.{name}": tensor for name, tensor in merged.items()}
+    with pytest.raises(
+        ValueError, match=r"'net\..*' is of no layer that `like` adapts \('base_mod"
+    ):
+        refactor(other, 2, adapters[0])
     with pytest.raises(ValueError, match="no product to make into factors"):
         refactor({}, 2, adapters[0])
     without = collect_statistics(

@@ -396,6 +396,7 @@ def test_images_with_the_same_pixels_are_one(tmp_path: Path, dinov2: Path) -> No
     keys = [data.key(row) for rows in data.rows.values() for row in rows]
     assert len(keys) == len(set(keys)) == 99
     assert data.key({"image": made[3][0]}) not in keys
+    assert data.key({"image": None}) is None
 
 
 def test_images_of_palettes_are_told_apart_by_their_colours() -> None:

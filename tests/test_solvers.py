@@ -188,6 +188,35 @@ def test_stops_where_the_operator_is_not_positive() -> None:
     assert solution.iterations == 0
 
 
+def singular(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """C of rank 20, a start, and a right-hand side in the range of C."""
+    c = symmetric(torch.cat([torch.zeros(40), torch.logspace(-2, 0, 20)]).double()).to(dtype)
+    return c, random(60, seed=1).to(dtype), c @ random(60, seed=2).to(dtype)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-6])
+def test_rounding_in_the_null_space_is_not_followed(damping: float) -> None:
+    """The preconditioner amplifies it, and a step along it has no bound."""
+    c, x0, b = singular(torch.float32)
+    inverse = symmetric_inverse(c, damping)
+    solution = conjugate_gradient(times(c), b, x0, iterations=100, preconditioner=inverse)
+    c, x0, b = (tensor.double() for tensor in (c, x0, b))
+    expected = x0 + torch.linalg.pinv(c, rcond=1e-5) @ (b - c @ x0)
+    assert solution.residuals[-1] < 1e-4
+    assert relative_error(solution.value.double(), expected) < 0.1  # not 17 or 49
+
+
+def test_a_preconditioner_that_leaves_rounding_alone_is_an_error() -> None:
+    c, x0, b = singular(torch.float32)
+    eigenvalues = torch.cat([torch.full((40,), 1e12), 1 / torch.logspace(-2, 0, 20)]).double()
+    amplified = times(symmetric(eigenvalues).float())
+    conjugate_gradient(times(c), b, x0, iterations=0, preconditioner=amplified)
+    with pytest.raises(
+        ValueError, match=r"amplifies rounding in torch\.float32 .*raise its damping"
+    ):
+        conjugate_gradient(times(c), b, x0, iterations=3, preconditioner=amplified)
+
+
 @pytest.mark.parametrize(("iterations", "keep"), [(-1, ()), (3, (-2,))])
 def test_negative_iterations(iterations: int, keep: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cannot be negative"):
@@ -345,3 +374,14 @@ def test_two_kronecker_inverse_refuses_a_singular_sum() -> None:
     a, g = positive(5), of_rank(4, 2, 1)
     with pytest.raises(ValueError, match=r"a \(4, 4\) matrix .* is not positive definite"):
         two_kronecker_inverse((a, a), (g, g - 1e-3 * torch.eye(4, dtype=g.dtype)), 0.0)
+    with pytest.raises(ValueError, match=r"\(4, 4\) matrix with damping 2.0e-09 is not positive"):
+        two_kronecker_inverse((a, a), (g, g - 1e-3 * torch.eye(4, dtype=g.dtype)), 1e-9)
+
+
+def test_two_kronecker_inverse_refuses_a_singular_sum_of_definite_sums() -> None:
+    """Each input and each output matters to a task, but not all of their pairs."""
+    one = torch.diag(torch.tensor([1, 0, 0, 0], dtype=torch.float64))
+    pair, r = (one, torch.eye(4, dtype=torch.float64) - one), random(4, 4)
+    with pytest.raises(ValueError, match=r"Kronecker products with damping 0\.0e\+00 is not posi"):
+        two_kronecker_inverse(pair, pair, 0.0)
+    assert bool(two_kronecker_inverse(pair, pair, 1e-8)(r).isfinite().all())

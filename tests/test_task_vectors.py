@@ -109,9 +109,10 @@ def test_a_task_that_changed_nothing_changes_nothing(method: Any) -> None:
 
 @pytest.mark.parametrize("method", [iso_c, tsv_m])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_named(method: Any, value: float) -> None:
-    broken = THETAS[1] | {"square.weight": torch.full((6, 6), value).double()}
-    with pytest.raises(ValueError, match=r"'square\.weight' has NaN or inf"):
+@pytest.mark.parametrize("name", ["square.weight", "wide.bias"])
+def test_numbers_that_are_none_are_named(method: Any, value: float, name: str) -> None:
+    broken = THETAS[1] | {name: torch.full(SHAPES[name], value).double()}
+    with pytest.raises(ValueError, match=rf"'{name}' has NaN or inf"):
         method([THETAS[0], broken], START, 1.0)
 
 

@@ -25,7 +25,7 @@ def dare(
     """Task arithmetic, or with a `density` TIES, of the models that `drop_and_rescale` gives.
 
     theta_0 + scale sum w_i m_i (theta_i - theta_0) / (1 - drop_rate), each number of m_i 0 with
-    probability `drop_rate` and else 1 (eq. 2). What is called DARE with TIES elsewhere, sign
+    probability `drop_rate` and else 1. What is called DARE with TIES elsewhere, sign
     election without a trim, is density=1.
 
     What is dropped depends on `seed`, the model's place in `thetas` and the parameter's name, not

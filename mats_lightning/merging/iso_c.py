@@ -20,14 +20,14 @@ def iso_c(
     """theta_0 + scale s U V^T, where U S V^T = sum w_i (theta_i - theta_0) and s = mean(S).
 
     So the merged task matrix has the singular vectors of the summed ones, all equally strong
-    (section 4.1). The mean is over the rank of the sum: directions that no task changed stay
+    (section 4). The mean is over the rank of the sum: directions that no task changed stay
     unchanged, where the authors' code fills them with arbitrary ones (it differs for sums without
     full rank alone). One model is changed too. SVD in float64.
 
     As in the authors' code, a matrix is any parameter with exactly two axes: linear weights, and
     embeddings too. All others (vectors, convolutions) get theta_0 + scale mean(theta_i - theta_0),
     the mean weighted. `averaged` are regular expressions: a matrix whose name has one is averaged
-    as well ("embeddings").
+    as well ("embeddings"; the authors' code does so with "text_projection").
 
     Raises ValueError for models that do not fit together, bad weights, or NaN or inf.
     """

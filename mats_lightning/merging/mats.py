@@ -132,7 +132,8 @@ def mats(
             objectives whose sum is of one factor; "exact" has the closed form of K-FAC for two
             tasks, too; None is plain CG, as in the paper.
         preconditioner_damping: added to each factor of it, relative to its mean eigenvalue. Where
-            the preconditioner is exact, one iteration with a small one (1e-8) is the closed form.
+            the preconditioner is exact and the factors have full rank, one iteration with a small
+            one (1e-8) is the closed form.
         off_diagonal: scales the off-diagonal of A, G and block Fishers (the paper's lambda).
         damping: C_i + damping (mean eigenvalue of C_i) I, on both sides of the equation.
         floor: the least value of a diagonal Fisher.

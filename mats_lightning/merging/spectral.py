@@ -13,6 +13,7 @@ from mats_lightning.merging.models import (
     parameters,
     weighted_mean,
 )
+from mats_lightning.statistics.record import finite
 
 Combine = Callable[[list[Tensor]], Tensor]
 
@@ -38,9 +39,9 @@ def merge_matrices(
     for name, tensors, dtype in parameters(names, thetas, merged):
         start = pretrained[name].detach().to(tensors[0])
         taus = [tensor - start for tensor in tensors]
+        if not all(finite(tau) for tau in taus):
+            raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
         if start.ndim == 2 and not any(re.search(pattern, name) for pattern in patterns):
-            if not all(bool(torch.isfinite(tau).all()) for tau in taus):
-                raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
             tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
         else:
             tau = weighted_mean(taus, w)

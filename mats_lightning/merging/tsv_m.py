@@ -18,7 +18,7 @@ def tsv_m(
     weights: Sequence[float] | None = None,
     averaged: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """theta_0 + scale P(U) S P(V)^T, with U = [U_1 ... U_T] and V alike (algorithm 1).
+    """theta_0 + scale P(U) S P(V)^T, with U = [U_1 ... U_T] and V alike.
 
     U_i S_i V_i^T is the SVD of w_i (theta_i - theta_0), cut to the largest `rank_fraction` of its
     components: by default 1/T for T models of positive weight, at least one, and none whose
@@ -30,7 +30,7 @@ def tsv_m(
     As in the authors' code, a matrix is any parameter with exactly two axes: linear weights, and
     embeddings too. All others (vectors, convolutions) get theta_0 + scale mean(theta_i - theta_0),
     the mean weighted. `averaged` are regular expressions: a matrix whose name has one is averaged
-    as well ("embeddings").
+    as well ("embeddings"; the authors' code does so with "text_projection").
 
     Raises ValueError for models that do not fit together, bad weights, NaN or inf, or a
     rank_fraction outside (0, 1].

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mats_lightning.capture import Capture, Input
-from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
-from mats_lightning.statistics.factors import add_second_moment
+from mats_lightning.statistics import KINDS, Coverage, Statistics, factors, find_coverage
+from mats_lightning.statistics.factors import ROWS_OF_BLOCK, add_second_moment
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -279,6 +279,33 @@ def test_what_is_added_arrives_on_the_other_device() -> None:
     tensors: dict[str, Tensor] = {"A/x": before.clone().as_subclass(Elsewhere)}
     add_second_moment(tensors, "A/x", x, torch.device("meta"))
     torch.testing.assert_close(tensors["A/x"].as_subclass(Tensor), before + x.T @ x)
+
+
+@pytest.mark.parametrize("groups", [(), (3,)], ids=["whole", "groups"])
+@pytest.mark.parametrize("d", [1, 7, ROWS_OF_BLOCK, ROWS_OF_BLOCK + 1, 2 * ROWS_OF_BLOCK + 7])
+def test_a_product_in_blocks_is_the_whole_product(d: int, groups: tuple[int, ...]) -> None:
+    parts = [torch.randn(rows, *groups, d, dtype=torch.float64) for rows in (5, 1, 0, 9)]
+    tensors: dict[str, Tensor] = {}
+    for x in parts:
+        add_second_moment(tensors, "A/x", x, x.device)
+    wanted = torch.einsum("p...i,p...j->...ij", torch.cat(parts), torch.cat(parts))
+    torch.testing.assert_close(tensors["A/x"], wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tensors["A/x"], tensors["A/x"].mT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["transformer", "convolutions", "sharing", "reused"])
+def test_statistics_in_smaller_blocks(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment they are whole: what was saved between two batches, too."""
+    case, model = CASES[name], CASES[name].model().double()
+    wanted = [captured(model, case.batches[:n])[0] for n in range(1, len(case.batches) + 1)]
+    monkeypatch.setattr(factors, "ROWS_OF_BLOCK", size)
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    for batch, until_here in zip(case.batches, wanted, strict=True):
+        capture_batch(capture, model, batch)
+        assert_close(capture.statistics.tensors, until_here.tensors, 1e-12)
 
 
 def test_curvature_of_the_weights_below_a_lora() -> None:

@@ -1,6 +1,6 @@
 """What capturing costs: against a plain training step, against the usual ways, in memory.
 
-    python tests/benchmarks/capture.py [--fast] [--models minilm vit] [--parts step ways memory]
+    python tests/benchmarks/capture.py [--fast] [--cases minilm-64 vit-56] [--parts step memory]
 
 All ways of a table run in one process, in turns (A, B, C, A, B, C, ...), so that what else the
 machine does falls on all of them; a ratio is taken within a round, and its median over the rounds
@@ -45,8 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diagonal Fisher": ("diagonal_fisher",),
     "gram": ("gram",),
     "kfac": ("kfac",),
-    "all three": ("diagonal_fisher", "gram", "kfac"),
-    "all four": KINDS,
+    "all, with block Fisher": KINDS,
 }
 CONSOLE = Console(width=110)
 
@@ -93,9 +92,11 @@ def images(examples: int, size: int) -> Batch:
     return {"pixel_values": torch.randn(examples, 3, size, size)}
 
 
-MODELS: dict[str, tuple[Callable[..., Classifier], Callable[[int, int], Batch], list[int]]] = {
-    "minilm": (minilm, texts, [64, 128]),
-    "vit": (vit, images, [56]),
+# the model, 32 rows of which size (tokens, pixels), random rows
+CASES: dict[str, tuple[Callable[..., Classifier], int, Callable[[int, int], Batch]]] = {
+    "minilm-64": (minilm, 64, texts),
+    "minilm-128": (minilm, 128, texts),
+    "vit-56": (vit, 56, images),
 }
 
 
@@ -244,9 +245,9 @@ def ratios(seconds: Sequence[float], of: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(seconds, of, strict=True)]
 
 
-def steps(name: str, size: int, rounds: int) -> dict[str, Any]:
+def steps(name: str, rounds: int) -> dict[str, Any]:
     """Part a): a training step with capture against one without."""
-    make, rows, _ = MODELS[name]
+    make, size, rows = CASES[name]
     model, inputs, labels = make(), rows(32, size), torch.randint(CLASSES, (32,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     captures = {what: new_capture(model, kinds) for what, kinds in CHOICES.items()}
@@ -258,7 +259,7 @@ def steps(name: str, size: int, rounds: int) -> dict[str, Any]:
     counted = {what: flops(run) for what, run in ways.items()}
     seconds = in_turns(ways, rounds)
     table = Table("a step with", "GFLOP", "FLOPs / plain", "ms", "time / plain", "measured/implied")
-    table.title = f"{name}, 32 rows of {size}: a training step"
+    table.title = f"{name}, 32 rows: a training step"
     found: dict[str, Any] = {}
     for what, times in seconds.items():
         implied = counted[what] / counted["plain"]
@@ -277,32 +278,32 @@ def steps(name: str, size: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def usual_ways(name: str, size: int, rounds: int, chunk: int) -> dict[str, Any]:
+def usual_ways(name: str, rounds: int, chunk: int) -> dict[str, Any]:
     """Part b): the same statistics of the same rows, ours and the usual ways."""
-    make, rows, _ = MODELS[name]
+    make, size, rows = CASES[name]
     model, inputs, labels = make(), rows(32, size), torch.randint(CLASSES, (32,))
     model.eval()
     everything = list(model.parameters())
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     vectorised = make("eager").eval()  # attention that vmap vectorises; the others are faster
-    pairs: dict[str, tuple[str, Sequence[Tensor], Run]] = {
+    pairs: dict[str, tuple[Sequence[str], Sequence[Tensor], Run]] = {
         "diagonal, rows one by one": (
-            "diagonal Fisher",
+            ["diagonal_fisher"],
             everything,
             partial(batch_size_one, model, inputs, labels, False),
         ),
         "diagonal, vmap(grad)": (
-            "diagonal Fisher",
+            ["diagonal_fisher"],
             everything,
             partial(per_example_gradients, vectorised, inputs, labels, chunk),
         ),
         "all three, rows one by one": (
-            "all three",
+            ["diagonal_fisher", "gram", "kfac"],
             everything,
             partial(batch_size_one, model, inputs, labels, True),
         ),
         "kfac, curvlinops": (
-            "kfac",
+            ["kfac"],
             linear,
             partial(curvlinops_kfac, model, linear, inputs, labels),
         ),
@@ -313,10 +314,10 @@ def usual_ways(name: str, size: int, rounds: int, chunk: int) -> dict[str, Any]:
         del pairs["kfac, curvlinops"]
         CONSOLE.print("curvlinops is not installed (see .ci/run): it is left out")
     table = Table("way", "ms", "ours, ms", "ours / way")
-    table.title = f"{name}, 32 rows of {size}: the same statistics in other ways"
+    table.title = f"{name}, 32 rows: the same statistics in other ways"
     found: dict[str, Any] = {}
     for what, (kinds, weights, theirs) in pairs.items():
-        capture = new_capture(model, CHOICES[kinds])
+        capture = new_capture(model, kinds)
         ours = partial(collect, model, weights, inputs, labels, capture)
         ours()
         seconds = in_turns({"ours": ours, "theirs": theirs}, rounds)
@@ -328,9 +329,9 @@ def usual_ways(name: str, size: int, rounds: int, chunk: int) -> dict[str, Any]:
     return found
 
 
-def peak(name: str, size: int, examples: int, kinds: Sequence[str]) -> tuple[float, float]:
+def peak(name: str, examples: int, kinds: Sequence[str]) -> tuple[float, float]:
     """MB at the peak of three steps, and in the sums; of this process, so call it once."""
-    make, rows, _ = MODELS[name]
+    make, size, rows = CASES[name]
     model, inputs, labels = make(), rows(examples, size), torch.randint(CLASSES, (examples,))
     capture = new_capture(model, kinds) if kinds else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -341,15 +342,15 @@ def peak(name: str, size: int, examples: int, kinds: Sequence[str]) -> tuple[flo
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, sums / 1e6
 
 
-def memory(name: str, size: int) -> dict[str, Any]:
+def memory(name: str) -> dict[str, Any]:
     """Part c): the peak over that of a plain step, each in a process of its own."""
     table = Table("rows", "plain, MB", "all, MB", "difference", "of it the sums", "rest")
-    table.title = f"{name}, rows of {size}: peak memory of three steps"
+    table.title = f"{name}: peak memory of three steps"
     found: dict[str, Any] = {}
     for examples in (16, 32, 64):
         peaks = []
         for kinds in ((), KINDS):
-            call = [sys.executable, __file__, "--peak", name, str(size), str(examples), *kinds]
+            call = [sys.executable, __file__, "--peak", name, str(examples), *kinds]
             done = subprocess.run(call, capture_output=True, text=True, check=True)
             peaks.append(json.loads(done.stdout.splitlines()[-1]))
         (plain, _), (captured, sums) = peaks
@@ -382,9 +383,9 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--fast", action="store_true", help="two rounds")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--parts", nargs="+", choices=["step", "ways", "memory"])
     parser.add_argument("--chunk", type=int, default=8, help="examples at a time in vmap(grad)")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
@@ -395,21 +396,20 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.peak:
-        name, size, examples, *kinds = options.peak
-        print(json.dumps(peak(name, int(size), int(examples), kinds)))
+        name, examples, *kinds = options.peak
+        print(json.dumps(peak(name, int(examples), kinds)))
         return
     rounds = 2 if options.fast else options.rounds
     found: dict[str, Any] = {"machine": machine()}
     CONSOLE.print(found["machine"])
-    parts: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    parts: dict[str, Callable[[str], dict[str, Any]]] = {
         "step": partial(steps, rounds=rounds),
         "ways": partial(usual_ways, rounds=rounds, chunk=options.chunk),
         "memory": memory,
     }
     for part in options.parts or parts:
-        for name in options.models:
-            for size in MODELS[name][2]:
-                found[f"{part}, {name}, {size}"] = parts[part](name, size)
+        for name in options.cases:
+            found[f"{part}, {name}"] = parts[part](name)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -1097,6 +1097,7 @@ def test_what_the_statistics_took_is_said_at_the_end(
     options: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        fit(Module(MLP()), vectors((4, 4)), tmp_path, MaTSStatsCallback(**options), max_epochs=2)
+        callback = MaTSStatsCallback(**options)
+        fit(Module(MLP().double()), vectors((4, 4)), tmp_path, callback, max_epochs=2)
     (message,) = [r.message for r in caplog.records if r.message.startswith("statistics: ")]
     assert message.removeprefix("statistics: ").startswith(said)

@@ -176,6 +176,25 @@ def test_statistics_equal_brute_force(name: str, dtype: torch.dtype) -> None:
     assert_equals(found, wanted, TOLERANCE[dtype], case.without_factors)
 
 
+@pytest.mark.parametrize("kinds", [KINDS, ("kfac",), ("diagonal_fisher",)], ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if ", reentrant" not in n and "beside" not in n])
+def test_few_gradients_reach_all_layers(name: str, kinds: tuple[str, ...]) -> None:
+    case = CASES[name]
+    model = case.model().double()
+    batches = case.batches * 2
+    wanted, _ = captured(model, batches, kinds)
+    capture = Capture(find_coverage(model, kinds, 8192), Statistics({}))
+    for batch in batches:
+        examples = len(batch["labels"])
+        with capture.batch(examples, examples, batch.get("attention_mask")):
+            loss = model(batch).mean()
+            capture.start_backward()
+            torch.autograd.grad(loss, capture.needed, allow_unused=True)
+            assert capture.finish()
+    assert_close(capture.statistics.tensors, wanted.tensors, 1e-12)
+    assert capture.statistics.positions == wanted.positions
+
+
 @pytest.mark.parametrize("defer", [False, True])
 def test_batches_may_be_cut_in_any_way(defer: bool) -> None:
     model = Transformer().double()

@@ -181,6 +181,8 @@ def test_statistics_equal_brute_force(name: str, dtype: torch.dtype) -> None:
 def test_few_gradients_reach_all_layers(name: str, kinds: tuple[str, ...]) -> None:
     case = CASES[name]
     model = case.model().double()
+    if not find_coverage(model, kinds, 8192).modules:
+        pytest.skip("no layer has it")
     batches = case.batches * 2
     wanted, _ = captured(model, batches, kinds)
     capture = Capture(find_coverage(model, kinds, 8192), Statistics({}))

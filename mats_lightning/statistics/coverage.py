@@ -180,9 +180,10 @@ class Coverage:
         """
         found: dict[int, Tensor] = {}
         for covered in self.modules.values():
-            bias = getattr(covered.module, "bias", None) if covered.rule.factors else None
-            cheap = isinstance(bias, nn.Parameter) and bias.requires_grad
-            own = [bias] if cheap else covered.module.parameters()
+            own = list(covered.module.parameters())
+            bias = getattr(covered.module, "bias", None)
+            if covered.rule.factors and isinstance(bias, nn.Parameter) and bias.requires_grad:
+                own = [bias]
             found |= {id(p): p for p in own if p.requires_grad}
         return list(found.values())
 

@@ -33,6 +33,7 @@ from mats_lightning.batches import (
     loss_divisor,
 )
 from mats_lightning.capture import Capture
+from mats_lightning.cost import Cost
 from mats_lightning.names import plain_name
 from mats_lightning.sampled import (
     Fisher,
@@ -189,6 +190,7 @@ class MaTSStatsCallback(Callback):
         self._fit: Accumulation | None = None  # from on_fit_start on
         self._capture: Capture | None = None
         self._captured = False  # a backward pass of this batch
+        self._cost = Cost()
         self._hooks = ExitStack()
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
         self._resumed: list[int] = []  # the epochs that had been captured in it
@@ -208,7 +210,7 @@ class MaTSStatsCallback(Callback):
             return
         refuse_unsupported(trainer, pl_module, scale_is_known=self._scale_is_known)
         self._fit, self._capture, self._restored = None, None, None
-        self._resumed, self._interrupted = [], False
+        self._resumed, self._interrupted, self._cost = [], False, Cost()
         self._group = ranks.new_group()
         of_checkpoint = partial(self._of_checkpoint, trainer)
         follow_checkpoints(trainer, of_checkpoint, self.sidecar == "last", self.factor_dtype)
@@ -265,7 +267,9 @@ class MaTSStatsCallback(Callback):
     ) -> None:
         self._hooks.close()
         self._captured = False
-        if not self._wants(trainer.current_epoch, batch_idx, trainer.world_size):
+        wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
+        self._cost.start(wanted)
+        if not wanted:
             return
         capture = self._capture_of(trainer, pl_module)
         before = capture.statistics.examples
@@ -325,10 +329,16 @@ class MaTSStatsCallback(Callback):
         if waits and not pl_module.automatic_optimization:  # else the step gave no loss
             self._note("a batch without a manual_backward is not counted")
         self._hooks.close()
+        self._cost.end()
 
     @override
     def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self._hooks.close()  # the module's on_train_batch_start may have ended the epoch
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        where = " on rank 0" if trainer.world_size > 1 else ""
+        rank_zero_info(f"statistics{where}: {self._cost}")
 
     @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
@@ -375,14 +385,16 @@ class MaTSStatsCallback(Callback):
         return self._capture
 
     def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
-        """After a batch has been captured: what `max_examples` bounds."""
+        """After a batch has been captured: what `max_examples` bounds, and the cost is of."""
         assert self._fit is not None
         if not counted:
             self._note(
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
                 " counted"
             )
-        self._fit.examples += capture.statistics.examples - before
+        examples = capture.statistics.examples - before
+        self._fit.examples += examples
+        self._cost.examples += examples
 
     def _note(self, *notes: str) -> None:
         assert self._fit is not None

@@ -162,6 +162,15 @@ class Capture:
         return self._batch is not None
 
     @property
+    def needed(self) -> list[Tensor]:
+        """What torch.autograd.grad must be asked for in this batch: few parameters reach every
+        layer, but the check of the first batch compares all."""
+        if self._batch is None or self._batch.check is None:
+            return self.coverage.sources()
+        both = [*self.coverage.sources(), *self.coverage.tensors().values()]
+        return list({id(p): p for p in both}.values())
+
+    @property
     def skipped_batches(self) -> int:
         """Batches thrown away because a gradient was not finite."""
         return int(self.statistics.info.get("skipped_batches", 0))

@@ -137,7 +137,7 @@ def collect_statistics(
                 with capture.batch(examples, scale, Masks.of(mask(batch))):
                     loss = _loss(model, batch, index, loss_fn)
                     capture.start_backward()
-                    go_back(loss, trainable)
+                    go_back(loss, capture.needed)
                     counted = capture.finish()
             if not counted:
                 raise ValueError(

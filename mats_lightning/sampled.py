@@ -142,7 +142,6 @@ def capture_sampled(
     Returns False when no gradient came to a covered layer: then nothing is counted. Raises
     ValueError for logits of another shape or without gradient, and for re-entrant checkpointing.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     # As large as a training loss is, which a gradient scaler's scale is made for.
     divisor = float(max([examples, *(mask.numel() for mask in masks.masks.values())]))
     scale = divisor / (loss_scale or 1.0)
@@ -155,7 +154,7 @@ def capture_sampled(
             logits, keep = _logits(logits_fn(model, batch), examples, masks)
             loss = sampled_loss(logits, draw_labels(logits, keep, generator)) / scale
             capture.start_backward()
-            go_back(loss, parameters)
+            go_back(loss, capture.needed)
             counted &= capture.finish()
     return counted
 

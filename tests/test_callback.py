@@ -50,6 +50,7 @@ from mats_lightning import (
     sidecar_path,
 )
 from mats_lightning.sidecar import check_belongs
+from mats_lightning.statistics import factors
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -741,8 +742,9 @@ STOPS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(
-    stop: str, tmp_path: Path
+    stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(factors, "ROWS_OF_BLOCK", 2)  # as it is in large layers
     step, options = STOPS[stop]
     batches = in_single(vectors(UNEVEN))
 
@@ -1077,3 +1079,25 @@ def test_what_is_covered_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
         "2 model.blocks.*.norm1.weight 6 diagonal_fisher, block_fisher",
         "2 model.blocks.*.norm1.bias 6 diagonal_fisher, block_fisher",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "8 examples captured, in 2 of 4 batches; these took "),
+        ({"last_n_epochs": 2}, "16 examples captured, in 4 of 4 batches; what it took cannot be"),
+        ({"last_n_epochs": 2, "max_examples": 1}, "8 examples captured, in 2 of 4 batches; these"),
+        (
+            {"fisher": "sampled", "logits_fn": lambda module, batch: module.model.logits(batch)},
+            "8 examples captured, in 2 of 4 batches; these took ",
+        ),
+    ],
+)
+def test_what_the_statistics_took_is_said_at_the_end(
+    options: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        callback = MaTSStatsCallback(**options)
+        fit(Module(MLP().double()), vectors((4, 4)), tmp_path, callback, max_epochs=2)
+    (message,) = [r.message for r in caplog.records if r.message.startswith("statistics: ")]
+    assert message.removeprefix("statistics: ").startswith(said)

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mats_lightning.capture import Capture, Input
-from mats_lightning.statistics import KINDS, Coverage, Statistics, find_coverage
-from mats_lightning.statistics.factors import add_second_moment
+from mats_lightning.statistics import KINDS, Coverage, Statistics, factors, find_coverage
+from mats_lightning.statistics.factors import ROWS_OF_BLOCK, add_second_moment
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -176,6 +176,27 @@ def test_statistics_equal_brute_force(name: str, dtype: torch.dtype) -> None:
     assert_equals(found, wanted, TOLERANCE[dtype], case.without_factors)
 
 
+@pytest.mark.parametrize("kinds", [KINDS, ("kfac",), ("diagonal_fisher",)], ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if ", reentrant" not in n and "beside" not in n])
+def test_few_gradients_reach_all_layers(name: str, kinds: tuple[str, ...]) -> None:
+    case = CASES[name]
+    model = case.model().double()
+    if not find_coverage(model, kinds, 8192).modules:
+        pytest.skip("no layer has it")
+    batches = case.batches * 2
+    wanted, _ = captured(model, batches, kinds)
+    capture = Capture(find_coverage(model, kinds, 8192), Statistics({}))
+    for batch in batches:
+        examples = len(batch["labels"])
+        with capture.batch(examples, examples, batch.get("attention_mask")):
+            loss = model(batch).mean()
+            capture.start_backward()
+            torch.autograd.grad(loss, capture.needed, allow_unused=True)
+            assert capture.finish()
+    assert_close(capture.statistics.tensors, wanted.tensors, 1e-12)
+    assert capture.statistics.positions == wanted.positions
+
+
 @pytest.mark.parametrize("defer", [False, True])
 def test_batches_may_be_cut_in_any_way(defer: bool) -> None:
     model = Transformer().double()
@@ -279,6 +300,33 @@ def test_what_is_added_arrives_on_the_other_device() -> None:
     tensors: dict[str, Tensor] = {"A/x": before.clone().as_subclass(Elsewhere)}
     add_second_moment(tensors, "A/x", x, torch.device("meta"))
     torch.testing.assert_close(tensors["A/x"].as_subclass(Tensor), before + x.T @ x)
+
+
+@pytest.mark.parametrize("groups", [(), (3,)], ids=["whole", "groups"])
+@pytest.mark.parametrize("d", [1, 7, ROWS_OF_BLOCK, ROWS_OF_BLOCK + 1, 2 * ROWS_OF_BLOCK + 7])
+def test_a_product_in_blocks_is_the_whole_product(d: int, groups: tuple[int, ...]) -> None:
+    parts = [torch.randn(rows, *groups, d, dtype=torch.float64) for rows in (5, 1, 0, 9)]
+    tensors: dict[str, Tensor] = {}
+    for x in parts:
+        add_second_moment(tensors, "A/x", x, x.device)
+    wanted = torch.einsum("p...i,p...j->...ij", torch.cat(parts), torch.cat(parts))
+    torch.testing.assert_close(tensors["A/x"], wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tensors["A/x"], tensors["A/x"].mT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["transformer", "convolutions", "sharing", "reused"])
+def test_statistics_in_smaller_blocks(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment they are whole: what was saved between two batches, too."""
+    case, model = CASES[name], CASES[name].model().double()
+    wanted = [captured(model, case.batches[:n])[0] for n in range(1, len(case.batches) + 1)]
+    monkeypatch.setattr(factors, "ROWS_OF_BLOCK", size)
+    capture = Capture(find_coverage(model, KINDS, 8192), Statistics({}))
+    for batch, until_here in zip(case.batches, wanted, strict=True):
+        capture_batch(capture, model, batch)
+        assert_close(capture.statistics.tensors, until_here.tensors, 1e-12)
 
 
 def test_curvature_of_the_weights_below_a_lora() -> None:

@@ -1,5 +1,6 @@
 """collect_statistics: against brute force, and as a user of Hugging Face's libraries meets it."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,19 @@ def test_statistics_equal_brute_force(make: Callable[[], nn.Module], batches: li
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert all(p.grad is None for p in model.parameters()) and hooks(model) == 0
     assert_close(model.state_dict(), weights, 0.0)
+
+
+def test_weights_have_no_gradient_of_their_own_after_the_first_batch() -> None:
+    """Only a layer's output needs one; in the first batch it is checked against the weight's."""
+    model, computed = MLP().double(), Counter[str]()
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda g, name=name: computed.update([name]))
+    collect_statistics(
+        model, vectors(), loss_fn=lambda model, batch: model(batch).mean(), progress=False
+    )
+    batches = len(vectors())
+    wanted = {"first.weight": 1, "first.bias": batches, "second.weight": 1, "second.bias": batches}
+    assert computed == wanted
 
 
 def test_dropout_is_off() -> None:

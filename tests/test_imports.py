@@ -24,10 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "accumulation": {"ranks", "statistics"},
     "saving": {"sidecar", "statistics"},
     "training": set(),
+    "cost": set(),
     "callback": {
         "accumulation",
         "batches",
         "capture",
+        "cost",
         "names",
         "ranks",
         "sampled",

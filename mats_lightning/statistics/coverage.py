@@ -172,6 +172,21 @@ class Coverage:
             if self.rows[parameter].statistics and (tensor := covered.tensor(local)).requires_grad
         }
 
+    def sources(self) -> list[Tensor]:
+        """Parameters whose gradients make autograd bring its gradient to every covered layer.
+
+        That of a weight that multiplies costs a product, so where the layer has a bias that
+        trains, it is the bias.
+        """
+        found: dict[int, Tensor] = {}
+        for covered in self.modules.values():
+            own = list(covered.module.parameters())
+            bias = getattr(covered.module, "bias", None)
+            if covered.rule.factors and isinstance(bias, nn.Parameter) and bias.requires_grad:
+                own = [bias]
+            found |= {id(p): p for p in own if p.requires_grad}
+        return list(found.values())
+
     def allocate(self, statistics: Statistics) -> None:
         """Zeros for every sum that is not there yet, but for A, which layers may share.
 

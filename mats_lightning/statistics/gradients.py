@@ -49,11 +49,17 @@ class MatrixGradients:
             total.addmm_(self.g[:, 0].square().T, self.a[:, 0].square())
             return
         # One buffer and N products: the floating point operations of the weight gradient itself,
-        # while a batched product would hold N matrices.
-        buffer = torch.empty_like(total)
-        for a, g in zip(self.a, self.g, strict=True):
-            torch.mm(g.T, a, out=buffer)
-            total.addcmul_(buffer, buffer)
+        # while a batched product would hold N matrices. The longer side first: with few positions
+        # it is up to twice as fast as the transpose (MKL).
+        wide = self.a.shape[-1] > self.g.shape[-1]
+        left, right = (self.a, self.g) if wide else (self.g, self.a)
+        squares = total.new_zeros(total.T.shape) if wide else total
+        buffer = torch.empty_like(squares)
+        for x, y in zip(left, right, strict=True):
+            torch.mm(x.T, y, out=buffer)
+            squares.addcmul_(buffer, buffer)
+        if wide:
+            total.add_(squares.T)
 
     def add_example(self, n: int, gradient: Tensor) -> None:
         gradient.addmm_(self.g[n].T, self.a[n])

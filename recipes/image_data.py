@@ -104,7 +104,7 @@ class ImageData(LabelledData):
     def _encode(self, rows: Dataset) -> TensorDataset:
         """Bytes, a fourth of what floats would take: (rows, 3, size, size)."""
         pixels = torch.stack([self._resized(image) for image in rows["image"]])
-        return TensorDataset(pixels, torch.tensor(rows["label"]))
+        return TensorDataset(pixels, torch.tensor(list(rows["label"])))
 
     def _resized(self, image: PILImage) -> Tensor:
         if image.mode.startswith(("I", "F")):  # which PIL would cut at 255, not scale

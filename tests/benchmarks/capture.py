@@ -14,19 +14,17 @@ the blocks that are computed. What an elementwise operation or a copy takes is i
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from measuring import CONSOLE, Run, in_turns, machine, ratios, spread
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -39,7 +37,6 @@ from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
 Batch = dict[str, Tensor]
-Run = Callable[[], Any]
 CLASSES = 6
 CHOICES: dict[str, tuple[str, ...]] = {
     "diagonal Fisher": ("diagonal_fisher",),
@@ -47,7 +44,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kfac": ("kfac",),
     "all, with block Fisher": KINDS,
 }
-CONSOLE = Console(width=110)
 
 
 # -- models and rows -----------------------------------------------------------------------------
@@ -203,18 +199,6 @@ def curvlinops_kfac(model: nn.Module, weights: list[Any], inputs: Batch, labels:
 # -- measuring -----------------------------------------------------------------------------------
 
 
-def in_turns(ways: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for counted in [False] + [True] * rounds:
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def flops(run: Run) -> int:
     """Of one run; the in-place products and the CPU's attention are unknown to torch's counter."""
     aten: Any = torch.ops.aten
@@ -232,15 +216,6 @@ def flops(run: Run) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def ratios(seconds: Sequence[float], of: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(seconds, of, strict=True)]
 
 
 def steps(name: str, rounds: int) -> dict[str, Any]:
@@ -358,24 +333,6 @@ def memory(name: str) -> dict[str, Any]:
         found[str(examples)] = {"plain": plain, "captured": captured, "sums": sums}
     CONSOLE.print(table)
     return found
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs, with the speed of a product of two float32 matrices of 2048."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
-    x = torch.randn(2048, 2048)
-    best = min(in_turns({"product": lambda: x @ x}, 7)["product"])
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "GFLOP/s": round(2 * 2048**3 / best / 1e9),
-    }
 
 
 def main() -> None:

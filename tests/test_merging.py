@@ -465,6 +465,22 @@ def test_float32_reaches_a_residual_of_1e_6(preconditioner: str | None) -> None:
     assert float(pulls.norm() / b.norm()) < 1.1e-6
 
 
+@pytest.mark.parametrize("init", ["average", "pretrained"])
+def test_named_parameters_are_averaged_and_the_others_are_not(problem: Problem, init: str) -> None:
+    """Also where the statistic covers them, where none does, and where they would be folded."""
+    options: dict[str, Any] = {"init": init, "pretrained": problem.pretrained, "iterations": 50}
+    options |= {"uncovered": "pretrained", "weights": [1.0, 2.0, 0.5]}
+    plain = mats(problem.thetas, problem.statistics, **options)
+    named = mats(problem.thetas, problem.statistics, averaged=[r"^first\.", "free"], **options)
+    mean = average(problem.thetas, weights=options["weights"])
+    for name, tensor in named.state_dict.items():
+        chosen = name in ("first.weight", "first.bias", "free")
+        expected = (mean if chosen else plain.state_dict)[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
+    assert named.blocks["first.weight"].statistic == "identity"
+    assert "free" in plain.uncovered and "free" not in named.uncovered
+
+
 # -- what holds of every method ----------------------------------------------------------------
 
 

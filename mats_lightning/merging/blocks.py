@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.forms import matrix_form, of_embedding, statistic_name
-from mats_lightning.merging.models import Weights, check_models, weighted_mean
+from mats_lightning.merging.models import Weights, check_models, named_by, weighted_mean
 from mats_lightning.operators import (
     Damped,
     Dense,
@@ -126,6 +126,8 @@ def _folded_biases(
         bias = f"{name.removesuffix('.weight')}.bias"
         if kind not in ("gram", "kfac") or bias not in thetas[0] or {name, bias} & tied:
             continue
+        if kind_of.get(bias) == "identity":
+            continue
         if not matrix_form(name, kind, statistics[0], thetas[0][name].shape).whole:
             continue
         if kind == "kfac" and any(s.info.get("weight_sharing") == "reduce" for s in statistics):
@@ -209,10 +211,12 @@ def check_statistics(
     uncovered: str,
     pretrained: Weights | None,
     fold_bias: bool = False,
+    averaged: str | Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, str]]:
     """parameter -> the statistic that its C_i are made of; weight -> bias solved for with it.
 
-    A parameter that is in neither is uncovered. Raises ValueError for a wrong count of
+    It is the identity for names that have one of the regular expressions `averaged`. A parameter
+    that is in neither is uncovered. Raises ValueError for a wrong count of
     statistics, what `covering_statistics` raises, a wrong choice of `uncovered`, or, with "error",
     an uncovered parameter.
     """
@@ -225,6 +229,7 @@ def check_statistics(
     if uncovered == "pretrained":
         check_models(thetas[:1], pretrained)
     covering = covering_statistics(list(thetas[0]), kinds, statistics)
+    covering |= {n: "identity" for n in thetas[0] if named_by(averaged, n)}
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
     if uncovered == "error":
         known = covering.keys() | set(folded.values())

@@ -72,6 +72,7 @@ class Options(TypedDict, total=False):
     normalize: bool
     fold_bias: bool
     tolerance: float
+    averaged: str | Sequence[str]
     weights: Sequence[float] | None
     uncovered: str
     pretrained: Weights | None
@@ -113,6 +114,7 @@ def mats(
     normalize: bool = True,
     fold_bias: bool = False,
     tolerance: float = 1e-6,
+    averaged: str | Sequence[str] = (),
     weights: Sequence[float] | None = None,
     uncovered: str = "average",
     pretrained: Weights | None = None,
@@ -142,6 +144,9 @@ def mats(
         fold_bias: solve for [W b] together, with the A of the inputs with a 1 behind them, where
             a weight has A and a bias; else biases are blocks of their own, or uncovered (gram).
         tolerance: a block whose relative residual is below it is done.
+        averaged: regular expressions; a parameter whose name has one of them has C_i = I, so it is
+            averaged. K-FAC of a layer can be far from its true curvature: of the patches of an
+            image, for example, where all positions and gradients depend on each other.
         weights: a number a task.
         uncovered: parameters without a statistic: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
@@ -161,7 +166,7 @@ def mats(
     check_range("damping", damping)
     check_range("floor", floor)
     kind_of, folded = check_statistics(
-        thetas, statistics, _kinds(objective), uncovered, pretrained, fold_bias
+        thetas, statistics, _kinds(objective), uncovered, pretrained, fold_bias, averaged
     )
     start = _start(init, pretrained, thetas)
     done_with_weight = set(folded.values())

@@ -1,6 +1,7 @@
 """What all merge functions check and share: models that fit together, and their weights."""
 
 import math
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import reduce
 
@@ -65,6 +66,11 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     if any(not 0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
         raise ValueError(f"weights={list(weights)}: they must be finite, not negative, not all 0")
     return [float(w) for w in weights]
+
+
+def named_by(patterns: str | Sequence[str], name: str) -> bool:
+    """Whether one of these regular expressions is found in the name."""
+    return any(re.search(p, name) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
 
 def check_range(option: str, value: float, highest: float = math.inf) -> None:

@@ -1,6 +1,5 @@
 """Task matrices and their singular vectors: what Iso-C and TSV-M share."""
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
+    named_by,
     parameters,
     weighted_mean,
 )
@@ -34,14 +34,13 @@ def merge_matrices(
     Raises ValueError for models that do not fit together, bad weights, or NaN or inf.
     """
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
-    patterns = [averaged] if isinstance(averaged, str) else list(averaged)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         start = pretrained[name].detach().to(tensors[0])
         taus = [tensor - start for tensor in tensors]
         if not all(finite(tau) for tau in taus):
             raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
-        if start.ndim == 2 and not any(re.search(pattern, name) for pattern in patterns):
+        if start.ndim == 2 and not named_by(averaged, name):
             tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
         else:
             tau = weighted_mean(taus, w)

@@ -569,7 +569,12 @@ def test_the_configuration_of_images() -> None:
     options = parse_options(["--config", str(path)])
     assert [task.name for task in options.task_list] == list(TASKS)
     assert options.kind.model is ImageClassifier
-    assert options.methods == parse_options([]).methods
+    of_texts, with_choice = parse_options([]).methods, []
+    for label, method in options.methods.items():
+        if method.grid.pop("averaged", None) == [[], ["embeddings"]]:
+            with_choice.append(label)
+    assert options.methods == of_texts
+    assert with_choice == ["MaTS kfac, plain", "MaTS kfac, preconditioned"]
     assert parse_options(["--config", str(path), "--fast"]).output_dir == Path("runs/images-fast")
     assert parse_options(["--fast"]).output_dir == Path("runs/text-fast")
     assert parse_options([]).kind.model is TextClassifier

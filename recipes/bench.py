@@ -77,6 +77,7 @@ class Cell:
         seconds: of the evaluation.
         residuals: block -> the solver's relative residuals, at the merge's last count alone.
         residual: their median over the blocks after this cell's own iterations; None without.
+        flops: where they were counted; then `seconds` are of what was counted.
     """
 
     scores: dict[str, float]
@@ -85,6 +86,7 @@ class Cell:
     merge_iterations: int = 0
     residual: float | None = None
     residuals: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    flops: float | None = None
 
     @property
     def average(self) -> float:

@@ -13,15 +13,19 @@ not there as "missing": <setting>.csv (a line a cell), <setting>.md (the tables)
 """
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import Steps
 from merge import quiet_lightning
-from paper_report import markdown_of, write_figures, write_long
+from paper_cost import CostTable
+from paper_figures import write_figures
+from paper_intermediate import TransferTable
+from paper_report import tables_in, write_long, write_text
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
-from paper_tables import Record, forget, records, run, steps_left
+from paper_tables import AblationTable, MethodTable, Record, StartTable, Table
 from rich.console import Console
 
 __all__ = ["main"]
@@ -42,13 +46,20 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
         setting.options["output_dir"] = asked.output_dir
     quiet_lightning()
     print(f"{name}: reading the tasks of {len(setting.seeds)} seeds")
-    seeds = {number: Seed(setting, number) for number in setting.seeds}
+    seeds = [Seed(setting, number) for number in setting.seeds]
+    all_tables = {seed: tables_of(setting, seed) for seed in seeds}
     if not asked.report_only:
-        measure(setting, tables, [seeds[number] for number in numbers], asked.again)
+        chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}
+        measure(
+            {
+                seed: [own[table] for table in tables if table in own]
+                for seed, own in chosen.items()
+            },
+            asked.again,
+        )
     named = asked.setting == name and not asked.fast
-    output_dir = Path(next(iter(seeds.values())).options.output_dir)
-    folder = asked.results or (RESULTS if named else output_dir / "results")
-    return report(name, setting, list(seeds.values()), folder)
+    folder = asked.results or (RESULTS if named else seeds[0].options.output_dir / "results")
+    return report(name, all_tables, seeds[0].tasks, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -72,48 +83,50 @@ def checked(what: str, asked: list | None, known: Sequence) -> list:
     return [entry for entry in known if entry in (asked or known)]
 
 
-def tables_of(seed: Seed, setting: Setting, tables: Sequence[str]) -> list[str]:
-    """All for the first seed of a setting; for the others those that are over seeds."""
-    over_seeds = ("methods", "intermediate")
+def tables_of(setting: Setting, seed: Seed) -> dict[str, Table]:
+    """Those of a seed: all for the setting's first one, for others those that are over seeds."""
+    found: dict[str, Table] = {}
     first = seed.seed == setting.seeds[0]
-    return [table for table in tables if first or table in over_seeds]
+    if setting.methods:
+        found["methods"] = MethodTable(setting, seed)
+    if setting.starts is not None and first:
+        found["starts"] = StartTable(setting, setting.starts, seed)
+    if setting.ablations is not None and first:
+        found["ablations"] = AblationTable(setting.ablations, seed)
+    if setting.cost is not None and first:
+        found["cost"] = CostTable(setting, setting.cost, seed)
+    if setting.intermediate is not None:
+        found["intermediate"] = TransferTable(setting.intermediate, seed)
+    return found
 
 
-def measure(setting: Setting, tables: Sequence[str], seeds: Sequence[Seed], again: bool) -> None:
+def measure(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
     """What is missing of the tables, a seed after the other."""
     with Steps() as steps:
-        for seed in seeds:
-            own = tables_of(seed, setting, tables)
+        for table in itertools.chain.from_iterable(seeds.values()):
             if again:
-                for table in own:
-                    forget(table, setting, seed)
-            steps.expect(*steps_left(own, setting, seed))
-        for seed in seeds:
+                table.forget()
+            steps.expect(*table.steps_left())
+        for seed, tables in seeds.items():
             steps.say(f"seed {seed.seed}")
-            bench = seed.bench(steps)
-            for table in tables_of(seed, setting, tables):
-                run(table, setting, seed, bench)
-            seed.suite.let_go()
+            for table in tables:
+                table.run(steps)
+            seed.let_go()
 
 
-def report(name: str, setting: Setting, seeds: Sequence[Seed], folder: Path) -> list[Record]:
+def report(
+    name: str, seeds: Mapping[Seed, Mapping[str, Table]], tasks: Sequence[str], folder: Path
+) -> list[Record]:
     """Write what is on disk; returns it."""
-    found = [
-        record
-        for seed in seeds
-        for table in tables_of(seed, setting, setting.tables)
-        for record in records(table, setting, seed)
-    ]
-    tasks = seeds[0].tasks
+    found = [r for tables in seeds.values() for table in tables.values() for r in table.records()]
     folder.mkdir(parents=True, exist_ok=True)
     write_long(found, tasks, folder / f"{name}.csv")
-    tables = markdown_of(name, found, tasks)
     figures = write_figures(found, tasks, folder, name)
     missing = sum(record.cell is None for record in found)
     begin = f"{len(found) - missing} of {len(found)} cells are measured."
-    parts = [f"# {name}\n\n{begin}\n", *map(str, tables)]
+    parts = [f"# {name}\n\n{begin}\n", *map(str, tables_in(found, tasks))]
     parts += [f"![{path.stem}]({path.name})\n" for path in figures]
-    (folder / f"{name}.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(folder / f"{name}.md", "\n".join(parts))
     Console().print(f"{begin} The results are in {folder}", soft_wrap=True, highlight=False)
     return found
 

@@ -1,24 +1,21 @@
-"""The results of a setting from its records: long CSV, tables in Markdown, figures.
+"""The results of a setting from its records: long CSV, and tables in Markdown.
 
 What has not been measured stands there as "missing". A score of several seeds is their mean, with
 the lowest and the highest of them behind it.
 """
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench import Cell
 from compare import REFERENCES
 from paper_tables import Record
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["MISSING", "markdown_of", "write_figures", "write_long"]
+__all__ = ["MISSING", "tables_in", "write_long", "write_text"]
 
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
@@ -29,6 +26,8 @@ MEASURED = (
     "merge_iterations",
     "evaluation_seconds",
     "residual",
+    "flops",
+    "seconds",
 )
 
 
@@ -39,7 +38,8 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
     """A line a cell: which it is, whether it is "measured" or "missing", the scores, the seconds.
 
     `relative` is the mean over tasks of the score over that of the individual models, of the same
-    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`.
+    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`. `seconds` are
+    of what the table of the cost counts.
     """
     individual = {
         record.seed: record.cell
@@ -63,14 +63,14 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
 def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
     cell = record.cell
     assert cell is not None
-    row: dict[str, Any] = {**cell.scores, "average": cell.average}
-    row["evaluation_seconds"] = cell.seconds
+    row: dict[str, Any] = {**cell.scores, "residual": cell.residual, "flops": cell.flops}
+    if cell.scores:
+        row["average"] = cell.average
+    row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
     if cell.merge_seconds:
         row["merge_seconds"] = cell.merge_seconds
     if cell.merge_iterations:
         row["merge_iterations"] = cell.merge_iterations
-    if cell.residual is not None:
-        row["residual"] = cell.residual
     if individual is not None and record.split == "test" and record.table == "methods":
         row["relative"] = relative(cell, individual)
     return row
@@ -142,11 +142,12 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
         for label in labels:
             record = of[seed, label]
             numbers = [MISSING] * (len(tasks) + 3)
+            seconds = label not in REFERENCES
             if (cell := record.cell) is not None:
                 own = to_individual(cell, seed)
                 numbers = [f"{cell.scores[task]:.3f}" for task in tasks]
                 numbers += [f"{cell.average:.3f}", MISSING if own is None else f"{own:.3f}"]
-                numbers.append(f"{cell.merge_seconds:.1f}")
+                numbers.append(f"{cell.merge_seconds:.1f}" if seconds else "")
             lines.append([label, record.words, *numbers])
         text = (
             "Test rows. The seconds are of the merge, up to the last iterations of its grid, or of "
@@ -200,108 +201,58 @@ def score(cell: Cell | None) -> str:
     return MISSING if cell is None else f"{cell.average:.3f}"
 
 
-def markdown_of(name: str, records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+def cost_tables(records: Sequence[Record]) -> list[Table]:
+    """A line for each thing that was counted."""
+    found = [record for record in records if record.table == "cost"]
+    if not found:
+        return []
+    lines = [["what", "settings", "TFLOP", "seconds"]]
+    for record in found:
+        cell = record.cell
+        numbers = [MISSING, MISSING]
+        if cell is not None:
+            numbers = [f"{(cell.flops or 0) / 1e12:.3g}", f"{cell.seconds:.1f}"]
+        lines.append([record.label, record.words, *numbers])
+    text = (
+        f"Of all tasks together, seed {found[0].seed}. FLOPs of matrix products and convolutions "
+        "alone: decompositions and what goes over the numbers one by one are not counted."
+    )
+    return [Table("Cost", text, lines)]
+
+
+def transfer_tables(records: Sequence[Record]) -> list[Table]:
+    """A line a target and donor: the target alone, each method's best weight, all of its rows."""
+    found = [r for r in records if r.table == "intermediate" and r.split == "test"]
+    if not found:
+        return []
+    seeds = sorted({record.seed for record in found})
+    of = {(record.seed, record.case, record.label): record.cell for record in found}
+    pairs = [case for case in dict.fromkeys(r.case for r in found) if ", donor " in case]
+    ends = ("alone", "alone, all rows")
+    labels = [label for label in dict.fromkeys(r.label for r in found) if label not in ends]
+    lines = [["target", "donor", ends[0], *labels, ends[1]]]
+    for pair in pairs:
+        target, _, donor = pair.partition(", donor ")
+        cases = [(target, ends[0]), *((pair, label) for label in labels), (target, ends[1])]
+        cells = [[of[seed, case, label] for seed in seeds] for case, label in cases]
+        scores = [spread([None if c is None else c.average for c in column]) for column in cells]
+        lines.append([target.removeprefix("target "), donor, *scores])
+    text = (
+        "The target's score on its test rows; the donor's weight is chosen on the target's "
+        f"validation rows; seeds {', '.join(map(str, seeds))}: mean (lowest to highest)."
+    )
+    return [Table("Intermediate tasks", text, lines)]
+
+
+def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
     """All tables that there are records of."""
     tables = method_tables(records, tasks) if any(r.table == "methods" for r in records) else []
-    return [*tables, *start_tables(records), *ablation_tables(records)]
+    tables += [*start_tables(records), *ablation_tables(records), *cost_tables(records)]
+    return [*tables, *transfer_tables(records)]
 
 
-# -- figures -------------------------------------------------------------------------------------
-
-
-def write_figures(
-    records: Sequence[Record], tasks: Sequence[str], folder: Path, name: str
-) -> list[Path]:
-    """Those that there are measurements for: by iterations, by cost, by task."""
-    from matplotlib.figure import Figure
-
-    drawn: dict[str, Callable[[Axes, Sequence[Record]], bool]] = {
-        "iterations": draw_iterations,
-        "cost": draw_cost,
-        "tasks": lambda axes, found: draw_tasks(axes, found, tasks),
-    }
-    written = []
-    for kind, draw in drawn.items():
-        width = 9 if kind != "tasks" else 4 + 1.2 * len(tasks)
-        figure = Figure(figsize=(width, 5), layout="constrained")  # no pyplot: no window
-        axes = figure.subplots()
-        path = folder / f"{name}-{kind}.png"
-        if draw(axes, records):
-            axes.spines[["top", "right"]].set_visible(False)
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-            temporary = path.with_name(path.name + ".part")
-            figure.savefig(temporary, format="png", dpi=160)
-            temporary.replace(path)
-            written.append(path)
-        else:
-            path.unlink(missing_ok=True)  # of other measurements
-    return written
-
-
-def draw_iterations(axes: "Axes", records: Sequence[Record]) -> bool:
-    """Validation average against iterations: a line an objective, solver and start."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        if record.table == "starts" and record.cell is not None:
-            line = lines.setdefault(f"{record.label}, {record.settings}", [])
-            line.append((record.iterations, record.cell.average))
-    styles = {"plain": "--", "preconditioned": "-"}
-    for number, (label, points) in enumerate(lines.items()):
-        style = next((s for word, s in styles.items() if f", {word}," in label), "-")
-        axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}", label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("iterations")
-    axes.set_ylabel("average on validation rows")
-    return bool(lines)
-
-
-def averages_of(records: Sequence[Record]) -> Mapping[str, list[Cell]]:
-    """Method -> its cells on test rows, of the seeds that are there."""
-    found: dict[str, list[Cell]] = {}
-    for record in records:
-        if record.table == "methods" and record.split == "test" and record.cell is not None:
-            found.setdefault(record.label, []).append(record.cell)
-    return found
-
-
-def draw_cost(axes: "Axes", records: Sequence[Record]) -> bool:
-    """Test average against seconds: of the merge, or of multitask training."""
-    found = averages_of(records)
-    merged = {name: cells for name, cells in found.items() if name not in REFERENCES}
-    for name, style in (("individual", "--"), ("pretrained", ":")):
-        if name in found:
-            average = mean(cell.average for cell in found[name])
-            axes.axhline(average, color="black", linestyle=style, linewidth=1, label=name)
-    for number, (label, cells) in enumerate(merged.items()):
-        seconds = [max(cell.merge_seconds, 0.01) for cell in cells]
-        averages = [cell.average for cell in cells]
-        marker = "os^Dv*P"[number // 10 % 7]
-        axes.scatter(seconds, averages, marker=marker, color=f"C{number % 10}", label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("seconds of the merge, or of multitask training")
-    axes.set_ylabel("average on test rows")
-    return bool(merged)
-
-
-def draw_tasks(axes: "Axes", records: Sequence[Record], tasks: Sequence[str]) -> bool:
-    """Test scores: bars of the methods for each task, with the range over the seeds."""
-    found = averages_of(records)
-    width = 0.8 / max(1, len(found))
-    for number, (label, cells) in enumerate(found.items()):
-        scores = [[cell.scores[task] for cell in cells] for task in tasks]
-        heights = [mean(values) for values in scores]
-        below = [h - min(v) for h, v in zip(heights, scores, strict=True)]
-        above = [max(v) - h for h, v in zip(heights, scores, strict=True)]
-        places = [place + number * width for place in range(len(tasks))]
-        errors = [below, above] if len(cells) > 1 else None
-        colour = (0.15 + 0.8 * number / max(1, len(found)),)
-        axes.bar(places, heights, width, yerr=errors, label=label, color=colormap(colour[0]))
-    axes.set_xticks([place + 0.4 for place in range(len(tasks))], tasks)
-    axes.set_ylabel("score on test rows")
-    return bool(found)
-
-
-def colormap(value: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["nipy_spectral"](value)
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

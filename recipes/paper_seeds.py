@@ -1,6 +1,6 @@
 """One seed of a setting: where its measurements are, before anything is trained; and its bench."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from mats_lightning import Task, collect_statistics, save_statistics
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.sidecar import sidecar_path
 
-__all__ = ["Seed", "Suite"]
+__all__ = ["Seed", "Suite", "cells_of"]
 
 
 class Suite:
@@ -121,6 +121,11 @@ class Seed:
             collect=self.collected,
         )
 
+    def let_go(self) -> None:
+        """Of the models, which are on disk."""
+        self.suite.let_go()
+        self.__dict__.pop("starts", None)  # cached
+
     def collected(self, task: Task, settings: Mapping[str, Any]) -> Path:
         """Statistics of the final weights on the first training rows, beside the checkpoint.
 
@@ -154,8 +159,10 @@ class Seed:
         return path
 
 
-def cells_of(options: Options, about: list[tuple[str, str]]) -> Cells:
-    """As about_tasks has it for tasks that are trained."""
+def cells_of(options: Options, about: Sequence[tuple[str, str]], only: str | None = None) -> Cells:
+    """As about_tasks has it for tasks that are trained; `only` is the one that is scored."""
     folders, rows = zip(*about, strict=True)
-    about_all = {"fine-tunes": list(folders), "rows": list(rows)}
-    return Cells(options.output_dir / "cells", about_all)
+    shared: dict[str, Any] = {"fine-tunes": list(folders), "rows": list(rows)}
+    if only is not None:
+        shared["only"] = only
+    return Cells(options.output_dir / "cells", shared)

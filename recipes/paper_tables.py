@@ -1,28 +1,32 @@
-"""What each table of a setting needs to be measured, how far that is, and doing it.
+"""The tables of a setting for one seed: what each needs to be measured, and doing it.
 
-A table is a list of records, each of one cell: `records` makes them from what is on disk, in
-the same order whether it is finished or not, and `run` measures the cells that are missing.
+A table is an object with four methods: `records`, what is on disk and what is missing, in the same
+order whether it is finished or not; `steps_left`, how far it is; `run`; and `forget`. The cost and
+the intermediate tasks are in files of their own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from bench import Bench, Cell, Find, Merge, Opened
+from bench import Bench, Cell, Find, Merge, Opened, Steps
+from cells import Cells
 from compare import REFERENCES, Comparison, choose, merges_of, steps_of
 from merge_options import MethodOptions
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
+from typing_extensions import override
 
 __all__ = [
-    "Line",
+    "AblationTable",
+    "MethodTable",
     "Record",
-    "described",
-    "forget",
+    "StartTable",
+    "Table",
+    "added",
+    "forget_methods",
     "method_records",
-    "records",
-    "run",
-    "steps_left",
 ]
 
 
@@ -48,14 +52,22 @@ class Record:
         return ", ".join(filter(None, (self.settings, count)))
 
 
-@dataclass(frozen=True)
-class Line:
-    """A merge of `starts` or `ablations`; None where it depends on a choice not made yet."""
+class Table(Protocol):
+    """What paper.py does with any table of one seed."""
 
-    label: str
-    settings: str
-    merge: Merge | None
-    counts: tuple[int, ...]
+    def records(self) -> Iterator[Record]: ...
+
+    def steps_left(self) -> tuple[int, int]:
+        """How many steps it takes, and how many of them are on disk."""
+        ...
+
+    def run(self, steps: Steps) -> None:
+        """Measure what is missing."""
+        ...
+
+    def forget(self) -> None:
+        """Drop its cells, to measure them again."""
+        ...
 
 
 def described(options: Mapping[str, Any]) -> str:
@@ -71,13 +83,6 @@ def described(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {said(value)}" for name, value in options.items())
 
 
-# -- methods -------------------------------------------------------------------------------------
-
-
-def all_methods(setting: Setting) -> dict[str, MethodOptions]:
-    return {"individual": MethodOptions("individual"), **setting.methods}
-
-
 def method_records(
     methods: Mapping[str, MethodOptions], find: Find, seed: int, table: str, case: str = ""
 ) -> Iterator[Record]:
@@ -91,7 +96,7 @@ def method_records(
             label: str = label,
             grid: Mapping[str, Any] = method.grid,
         ) -> Record:
-            tried = {n: v for n, v in merge.options.items() if n in grid}
+            tried = {name: value for name, value in merge.options.items() if name in grid}
             cell = find(merge, count, split)
             return Record(seed, table, case, label, described(tried), count, split, cell)
 
@@ -108,94 +113,97 @@ def method_records(
             yield Record(seed, table, case, label, "not chosen yet", 0, "test", None)
 
 
-def multitask_record(setting: Setting, seed: Seed) -> Iterator[Record]:
-    if setting.multitask:
-        yield Record(seed.seed, "methods", "", "multitask", "", 0, "test", seed.multitask_cell())
+def forget_methods(methods: Mapping[str, MethodOptions], cells: Cells) -> None:
+    for method in methods.values():
+        for merge in merges_of(method):
+            splits = ("validation", "test")
+            cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
 
 
-def run_methods(setting: Setting, seed: Seed, bench: Bench) -> None:
-    comparison = Comparison(bench)
-    for label, method in all_methods(setting).items():
-        comparison.compare(label, method)
-    if setting.multitask and seed.multitask_cell() is None:
-        seed.measure_multitask(bench.steps)
+class MethodTable:
+    """All methods, chosen on validation and tested, and multitask training."""
+
+    def __init__(self, setting: Setting, seed: Seed) -> None:
+        self.seed, self.multitask = seed, setting.multitask
+        self.methods = {"individual": MethodOptions("individual"), **setting.methods}
+
+    def records(self) -> Iterator[Record]:
+        number = self.seed.seed
+        yield from method_records(self.methods, self.seed.find, number, "methods")
+        if self.multitask:
+            cell = self.seed.multitask_cell()
+            yield Record(number, "methods", "", "multitask", "", 0, "test", cell)
+
+    def steps_left(self) -> tuple[int, int]:
+        counted = [steps_of(self.seed.find, method) for method in self.methods.values()]
+        if self.multitask:
+            counted.append((1, int(self.seed.multitask_cell() is not None)))
+        return added(counted)
+
+    def run(self, steps: Steps) -> None:
+        comparison = Comparison(self.seed.bench(steps))
+        for label, method in self.methods.items():
+            comparison.compare(label, method)
+        if self.multitask and self.seed.multitask_cell() is None:
+            self.seed.measure_multitask(steps)
+
+    def forget(self) -> None:
+        forget_methods(self.methods, self.seed.cells)
+        self.seed.cells.forget([self.seed.multitask_key])
 
 
-# -- starts and ablations ------------------------------------------------------------------------
+def added(counted: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(total for total, _ in counted), sum(done for _, done in counted)
 
 
-def start_lines(setting: Setting, starts: Starts, seed: Seed) -> Iterator[Line]:
-    """Objectives x solvers x starts."""
-    for objective in starts.objectives:
-        for solver, how in starts.solvers.items():
-            for label in starts.labels:
-                options = {"objective": objective, **starts.options, **how.options}
-                counts = tuple(how.iterations)
-                chosen = choose_start(setting.methods[label], seed)
-                merge = None
-                if isinstance(chosen, str):
-                    merge = Merge("mats", {**options, "init": chosen}, counts)
-                elif chosen is not None:
-                    merge = Merge("mats", options, counts, start=chosen)
-                yield Line(f"{objective}, {solver}", f"start {label}", merge, counts)
+@dataclass(frozen=True)
+class Line:
+    """A merge whose states are measured; None where it depends on a choice not made yet."""
+
+    label: str
+    settings: str
+    merge: Merge | None
+    counts: tuple[int, ...]
 
 
-def choose_start(method: MethodOptions, seed: Seed) -> Merge | str | None:
-    """The start as `init` takes it by name, or the merge that was chosen; None if none is yet."""
-    if method.method in ("average", "pretrained"):
-        return method.method
-    chosen = choose(seed.find, list(merges_of(method)))
-    if chosen is None:
-        return None
-    merge, count, _ = chosen
-    return Merge(merge.method, merge.options, (count,), merge.start, merge.statistics)
+class LineTable:
+    """A table of merges that are evaluated on validation rows, with nothing to choose."""
 
+    name: str
 
-def ablation_lines(ablations: Ablations) -> Iterator[Line]:
-    """Each baseline, and behind it what is changed of it."""
-    for name, method in ablations.baselines.items():
-        (merge,) = merges_of(method)
-        yield Line(name, "", merge, merge.counts)
-        for change in ablations.changes:
-            if change.baseline == name:
-                changed = Merge(
-                    merge.method,
-                    {**merge.options, **change.options},
-                    merge.counts,
-                    statistics=change.statistics,
-                )
-                yield Line(name, change.label, changed, merge.counts)
+    def __init__(self, seed: Seed) -> None:
+        self.seed = seed
 
+    @abstractmethod
+    def lines(self) -> Iterator[Line]:
+        """The merges, in the order of the table."""
 
-def lines_of(table: str, setting: Setting, seed: Seed) -> list[Line]:
-    if table == "starts" and setting.starts is not None:
-        return list(start_lines(setting, setting.starts, seed))
-    if table == "ablations" and setting.ablations is not None:
-        return list(ablation_lines(setting.ablations))
-    return []
+    def records(self) -> Iterator[Record]:
+        for line in self.lines():
+            for n in line.counts:
+                cell = None if line.merge is None else self.seed.find(line.merge, n, "validation")
+                about = (self.seed.seed, self.name, "", line.label, line.settings)
+                yield Record(*about, n, "validation", cell)
 
+    def steps_left(self) -> tuple[int, int]:
+        return added([self._steps(line.merge, line.counts) for line in self.lines()])
 
-def line_records(table: str, setting: Setting, seed: Seed) -> Iterator[Record]:
-    for line in lines_of(table, setting, seed):
-        for count in line.counts:
-            cell = seed.find(line.merge, count, "validation") if line.merge is not None else None
-            yield Record(seed.seed, table, "", line.label, line.settings, count, "validation", cell)
+    def _steps(self, merge: Merge | None, counts: tuple[int, ...]) -> tuple[int, int]:
+        """One for the merge, and one for each of its counts."""
+        cells = [merge and self.seed.find(merge, count, "validation") for count in counts]
+        known = sum(cell is not None for cell in cells)
+        return 1 + len(counts), known + (known == len(counts))
 
+    def run(self, steps: Steps) -> None:
+        bench = self.seed.bench(steps)
+        for line in self.lines():
+            assert line.merge is not None
+            measure(bench, ", ".join(filter(None, (line.label, line.settings))), line.merge)
 
-def choices(setting: Setting, seed: Seed) -> list[tuple[str, Merge]]:
-    """The merges of `methods` that the starts are chosen from, by their label."""
-    labels = setting.starts.labels if setting.starts is not None else []
-    found = [(label, setting.methods[label]) for label in labels]
-    return [(n, merge) for n, m in found if m.method not in REFERENCES for merge in merges_of(m)]
-
-
-def run_lines(table: str, setting: Setting, seed: Seed, bench: Bench) -> None:
-    if table == "starts":
-        for label, merge in choices(setting, seed):
-            measure(bench, label, merge)
-    for line in lines_of(table, setting, seed):
-        assert line.merge is not None  # its start is chosen by now
-        measure(bench, ", ".join(filter(None, (line.label, line.settings))), line.merge)
+    def forget(self) -> None:
+        for line in self.lines():
+            if line.merge is not None:
+                self.seed.cells.forget(line.merge.key(n, "validation") for n in line.counts)
 
 
 def measure(bench: Bench, label: str, merge: Merge) -> None:
@@ -205,51 +213,64 @@ def measure(bench: Bench, label: str, merge: Merge) -> None:
         opened.cell(count, "validation")
 
 
-# -- all of them ---------------------------------------------------------------------------------
+class StartTable(LineTable):
+    """Objectives x solvers x starts; the starts' settings are those chosen among the methods."""
+
+    name = "starts"
+
+    def __init__(self, setting: Setting, starts: Starts, seed: Seed) -> None:
+        super().__init__(seed)
+        self.starts = starts
+        self.methods = {label: setting.methods[label] for label in starts.labels}
+
+    @override
+    def lines(self) -> Iterator[Line]:
+        for objective in self.starts.objectives:
+            for solver, how in self.starts.solvers.items():
+                options = {"objective": objective, **self.starts.options, **how.options}
+                counts = tuple(how.iterations)
+                for label, method in self.methods.items():
+                    merge = self._from(method, Merge("mats", options, counts))
+                    yield Line(f"{objective}, {solver}", f"start {label}", merge, counts)
+
+    def _from(self, method: MethodOptions, merge: Merge) -> Merge | None:
+        """The merge with its start; None where the start's settings are not chosen yet."""
+        if method.method in ("average", "pretrained"):
+            return replace(merge, options={**merge.options, "init": method.method})
+        chosen = choose(self.seed.find, list(merges_of(method)))
+        if chosen is None:
+            return None
+        start, count, _ = chosen
+        return replace(merge, start=replace(start, counts=(count,)))
+
+    @override
+    def run(self, steps: Steps) -> None:
+        bench = self.seed.bench(steps)
+        for label, method in self.methods.items():
+            if method.method not in REFERENCES:
+                for merge in merges_of(method):
+                    total, done = self._steps(merge, merge.counts)
+                    steps.expect(total - done)
+                    measure(bench, label, merge)
+        super().run(steps)
 
 
-def records(table: str, setting: Setting, seed: Seed) -> list[Record]:
-    """The cells of a table of one seed, as far as they are on disk."""
-    if table == "methods":
-        found = method_records(all_methods(setting), seed.find, seed.seed, table)
-        return [*found, *multitask_record(setting, seed)]
-    return list(line_records(table, setting, seed))
+class AblationTable(LineTable):
+    """Each baseline, and behind it what is changed of it."""
 
+    name = "ablations"
 
-def run(table: str, setting: Setting, seed: Seed, bench: Bench) -> None:
-    """Measure what is missing of a table."""
-    if table == "methods":
-        run_methods(setting, seed, bench)
-    else:
-        run_lines(table, setting, seed, bench)
+    def __init__(self, ablations: Ablations, seed: Seed) -> None:
+        super().__init__(seed)
+        self.ablations = ablations
 
-
-def steps_left(tables: Sequence[str], setting: Setting, seed: Seed) -> tuple[int, int]:
-    """How many steps the tables take for one seed, and how many of them are on disk."""
-    counted = []
-    if "methods" in tables:
-        counted += [steps_of(seed.find, method) for method in all_methods(setting).values()]
-        counted += [(1, seed.multitask_cell() is not None)] * setting.multitask
-    lines = [line for table in tables for line in lines_of(table, setting, seed)]
-    merges = [(line.merge, line.counts) for line in lines]
-    if "starts" in tables and "methods" not in tables:
-        merges += [(merge, merge.counts) for _, merge in choices(setting, seed)]
-    for merge, counts in merges:
-        known = sum(
-            merge is not None and seed.find(merge, n, "validation") is not None for n in counts
-        )
-        counted.append((1 + len(counts), known + (known == len(counts))))
-    return sum(total for total, _ in counted), sum(done for _, done in counted)
-
-
-def forget(table: str, setting: Setting, seed: Seed) -> None:
-    """Drop the cells of a table, to measure them again."""
-    if table == "methods":
-        merges = [m for method in all_methods(setting).values() for m in merges_of(method)]
-        seed.cells.forget([seed.multitask_key])
-        splits = ["validation", "test"]
-    else:
-        merges = [line.merge for line in lines_of(table, setting, seed) if line.merge is not None]
-        splits = ["validation"]
-    for merge in merges:
-        seed.cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
+    @override
+    def lines(self) -> Iterator[Line]:
+        for name, method in self.ablations.baselines.items():
+            (merge,) = merges_of(method)
+            yield Line(name, "", merge, merge.counts)
+            for change in self.ablations.changes:
+                if change.baseline == name:
+                    options = {**merge.options, **change.options}
+                    changed = replace(merge, options=options, statistics=change.statistics)
+                    yield Line(name, change.label, changed, merge.counts)

@@ -481,6 +481,12 @@ def test_named_parameters_are_averaged_and_the_others_are_not(problem: Problem, 
     assert "free" in plain.uncovered and "free" not in named.uncovered
 
 
+def test_an_expression_that_no_parameter_has_is_refused(problem: Problem) -> None:
+    message = r"averaged: no parameter has 'frist' in its name; they are called '.*first\.weight'"
+    with pytest.raises(ValueError, match=message):
+        mats(problem.thetas, problem.statistics, averaged=["first", "frist"], iterations=1)
+
+
 # -- what holds of every method ----------------------------------------------------------------
 
 

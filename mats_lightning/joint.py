@@ -1,6 +1,7 @@
 """JointMerge: tasks and a method in; the state dict of each task's merged model out."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from mats_lightning import merging
 from mats_lightning.merging import Block, MergeResult
 from mats_lightning.merging.blocks import covering_statistics
-from mats_lightning.merging.models import check_models, check_weights
+from mats_lightning.merging.models import check_models, check_weights, names_with
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_tasks
 
@@ -173,6 +174,8 @@ class JointMerge:
             options["statistics"] = [self._statistics(member, names) for member in members]
         if "pretrained" in wanted:
             options["pretrained"] = self._start_of(part, device)
+        if "averaged" in options:
+            options["averaged"] = self._averaged(names)
         with ExitStack() as stack:
             if "on_block" in wanted and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {part}"))
@@ -192,6 +195,14 @@ class JointMerge:
             uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
             return {0: MergeResult(result, uncovered=uncovered)}
         return {0: MergeResult(result)}
+
+    def _averaged(self, names: list[str]) -> list[str]:
+        """The expressions that these names have; each must be in a name of some part."""
+        given = self.options["averaged"]
+        patterns = [given] if isinstance(given, str) else list(given)
+        everywhere = dict.fromkeys(name for own, _ in self._parts().values() for name in own)
+        names_with(patterns, list(everywhere), "averaged")
+        return [p for p in patterns if any(re.search(p, name) for name in names)]
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()

@@ -54,7 +54,7 @@ def conjugate_gradient(
     """
     if iterations < 0 or any(count < 0 for count in keep):
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
-    if not radius >= 0:
+    if radius < 0:
         raise ValueError(f"radius={radius}: it cannot be negative")
     exact = residual or (lambda x: b - matvec(x))
     x = x0.clone()

@@ -510,6 +510,12 @@ def test_no_block_goes_further_than_the_radius(
     assert len(bound.blocks) / 4 < len(ended) < len(bound.blocks)
 
 
+def test_an_expression_that_no_parameter_has_is_refused(problem: Problem) -> None:
+    message = r"averaged: no parameter has 'frist' in its name; they are called '.*first\.weight'"
+    with pytest.raises(ValueError, match=message):
+        mats(problem.thetas, problem.statistics, averaged=["first", "frist"], iterations=1)
+
+
 # -- what holds of every method ----------------------------------------------------------------
 
 

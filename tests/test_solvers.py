@@ -265,11 +265,10 @@ def test_negative_iterations(iterations: int, keep: tuple[int, ...]) -> None:
         run(iterations, keep=keep)
 
 
-@pytest.mark.parametrize("radius", [-1.0, float("nan")])
-def test_a_radius_is_not_negative(radius: float) -> None:
+def test_a_radius_is_not_negative() -> None:
     b = random(N)
-    with pytest.raises(ValueError, match=r"radius=.* cannot be negative"):
-        conjugate_gradient(times(positive()), b, b, iterations=3, radius=radius)
+    with pytest.raises(ValueError, match=r"radius=-1\.0: it cannot be negative"):
+        conjugate_gradient(times(positive()), b, b, iterations=3, radius=-1.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

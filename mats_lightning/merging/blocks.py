@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.forms import matrix_form, of_embedding, statistic_name
-from mats_lightning.merging.models import Weights, check_models, named_by, weighted_mean
+from mats_lightning.merging.models import Weights, check_models, names_with, weighted_mean
 from mats_lightning.operators import (
     Damped,
     Dense,
@@ -217,8 +217,8 @@ def check_statistics(
 
     It is the identity for names that have one of the regular expressions `averaged`. A parameter
     that is in neither is uncovered. Raises ValueError for a wrong count of
-    statistics, what `covering_statistics` raises, a wrong choice of `uncovered`, or, with "error",
-    an uncovered parameter.
+    statistics, what `covering_statistics` raises, an expression that no name has, a wrong choice of
+    `uncovered`, or, with "error", an uncovered parameter.
     """
     if len(statistics) != len(thetas):
         raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
@@ -229,7 +229,7 @@ def check_statistics(
     if uncovered == "pretrained":
         check_models(thetas[:1], pretrained)
     covering = covering_statistics(list(thetas[0]), kinds, statistics)
-    covering |= {n: "identity" for n in thetas[0] if named_by(averaged, n)}
+    covering |= dict.fromkeys(names_with(averaged, list(thetas[0]), "averaged"), "identity")
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
     if uncovered == "error":
         known = covering.keys() | set(folded.values())

@@ -160,8 +160,8 @@ def mats(
         uncovered: parameters without a statistic: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
 
-    Raises ValueError for models or statistics that do not fit together, unknown names, options
-    out of range, factors with NaN or inf.
+    Raises ValueError for models or statistics that do not fit together, unknown names, an
+    expression in `averaged` that no name has, options out of range, factors with NaN or inf.
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
     counts = [iterations] if isinstance(iterations, int) else list(iterations)

@@ -75,6 +75,8 @@ def save_adapter(module: L.LightningModule, checkpoint: Path) -> Path:
     backbone.save_pretrained(partial, save_embedding_layers=False)
     head: Any = module.head
     save_file({name: value.cpu() for name, value in head.state_dict().items()}, partial / HEAD)
+    for file in partial.glob("*.safetensors"):
+        file.chmod(checkpoint.stat().st_mode)  # which are made readable for their owner alone
     partial.rename(folder)
     if (sidecar := sidecar_path(checkpoint)).exists():
         os.replace(sidecar, sidecar_path(folder))

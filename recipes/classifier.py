@@ -72,7 +72,10 @@ class Classifier(L.LightningModule):
     def pretrained(self) -> PreTrainedModel:
         """The backbone as transformers knows it, without peft's model around it."""
         inside = self.backbone
-        return inside.get_base_model() if isinstance(inside, PeftModel) else inside
+        if isinstance(inside, PeftModel):
+            model: Any = inside.get_base_model()
+            inside = model
+        return inside
 
     @property
     def width(self) -> int:

@@ -200,7 +200,12 @@ def _program_of_model(
     """A program that loads what was exported, run in its folder."""
     # AutoModel loads the model without a head; one with a head is loaded by its own class
     loader = "AutoModel" if model.base_model is model else type(model).__name__
-    imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
+    if (module := type(model).__module__).startswith("transformers."):
+        imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
+    else:  # of another package, which AutoModel may not know
+        loader = type(model).__name__
+        imports = [f"from {module} import {loader}"]
+        imports += ["from transformers import AutoTokenizer"] if tokenizer else []
     parameters = inspect.signature(type(model)).parameters
     no_pooler = getattr(model, "pooler", model) is None and "add_pooling_layer" in parameters
     options = ", add_pooling_layer=False" if no_pooler else ""  # or it would start at random

@@ -78,7 +78,7 @@ class Options:
         methods: the rows of the table below the individual models, by their label.
         modality: what the tasks' inputs are: "text" or "image".
         model: what all tasks start from: a hub id, a local folder, "package:minilm",
-            "package:dinov2-small".
+            "package:dinov2-small", "package:efficientnet-lite0".
         adapter: what of the model is fine-tuned: all of it (null), or an adapter of peft, "ia3" or
             "lora"; then the adapters are what is merged.
         adapter_options: of peft's IA3Config or LoraConfig, over the defaults in adapters.py.

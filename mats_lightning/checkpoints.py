@@ -155,6 +155,20 @@ def _adapter_names(config: Mapping[str, Any]) -> Callable[[str], str]:
     return name
 
 
+def adapter_key(name: str) -> str:
+    """The name in peft's file of a parameter of a PeftModel, where the adapter's own is left out.
+
+    "....query.lora_A.default.weight" -> "....query.lora_A.weight"
+    """
+    parts = plain_name(name).split(".")
+    for i in [i for i, part in enumerate(parts) if part == ADAPTER_NAME and i]:
+        if parts[i - 1] == "modules_to_save":
+            return ".".join([*parts[: i - 1], *parts[i + 1 :]])
+        if parts[i - 1].startswith(("lora_", "ia3_")):
+            return ".".join([*parts[:i], *parts[i + 1 :]])
+    return name
+
+
 def _plain_names(
     keys: Iterable[str], prefix: str, source: Path, rename: Callable[[str], str] = plain_name
 ) -> dict[str, str]:

@@ -3,18 +3,17 @@
 import inspect
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mats_lightning.card import MergeCard, merge_card
+from mats_lightning.checkpoints import ADAPTER, ADAPTER_CONFIG
 from mats_lightning.names import plain_name
 
 if TYPE_CHECKING:
@@ -24,33 +23,6 @@ CONFIG = "config.json"
 README = "README.md"
 HEADS = "heads"
 NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')  # on any of the systems that may load the folder
-
-
-class MergedTask(TypedDict):
-    """One of the models that were merged, as the card names it."""
-
-    name: str
-    checkpoint: str  # a name for readers elsewhere, not a path on this machine
-    metric: str
-    examples: NotRequired[int | None]  # that its statistics were taken from
-
-
-@dataclass(frozen=True)
-class MergeCard:
-    """What the card says about the merge.
-
-    `method` and `options` are those of `mats_lightning.merging`, options in plain values (numbers,
-    text, lists and mappings of them). `base_model` is the common start: a hub id, or a path, of
-    which only the last part is printed. `versions` is {package: version}; `scores` the merged
-    model's {task: score in the task's metric}, None where it was not evaluated.
-    """
-
-    method: str
-    options: Mapping[str, object]
-    tasks: Sequence[MergedTask]
-    base_model: str | None
-    versions: Mapping[str, str]
-    scores: Mapping[str, float] | None = None
 
 
 def export_huggingface(
@@ -74,21 +46,59 @@ def export_huggingface(
     option that is no plain value.
     """
     folder = Path(folder).resolve()
-    _check_target(folder, overwrite)
+    _check_target(folder, overwrite, CONFIG)
     _check_names(heads)
-    readme = _card(card, folder.name, model, tokenizer, heads)  # before the slow part: may raise
-
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
+    program = _program_of_model(model, tokenizer is not None, heads)
+    readme = merge_card(card, folder.name, "transformers", program)  # before the slow part
+    with _new_folder(folder) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         _save_heads(partial / HEADS, heads)
         readme.save(partial / README)
-        mode = (partial / README).stat().st_mode
+    return folder
+
+
+def export_adapter(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    heads: Mapping[str, Mapping[str, Tensor]],
+    card: MergeCard | None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter as peft does, so that `PeftModel.from_pretrained(model, folder)` loads it.
+
+    `config` is peft's, `weights` have the names of peft's file (`adapter_key`). Heads, the card,
+    the way of writing and what is raised are those of `export_huggingface`; without a card there
+    is no README.md.
+    """
+    folder = Path(folder).resolve()
+    _check_target(folder, overwrite, ADAPTER_CONFIG)
+    _check_names(heads)
+    readme = None
+    if card is not None:
+        readme = merge_card(card, folder.name, "peft", _program_of_adapter(card, heads))
+    with _new_folder(folder) as partial:
+        text = json.dumps(dict(config), indent=2, sort_keys=True)
+        (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        _save(partial / ADAPTER, weights)
+        _save_heads(partial / HEADS, heads)
+        if readme is not None:
+            readme.save(partial / README)
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside its place to fill, which takes the place when all of it is there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        mode = partial.stat().st_mode & 0o666
         for file in partial.rglob("*.safetensors"):
             file.chmod(mode)  # safetensors makes its files readable for their owner alone
     except BaseException:
@@ -99,7 +109,6 @@ def export_huggingface(
         folder.rename(old)
     partial.rename(folder)
     _remove(old)
-    return folder
 
 
 def backbone_prefix(task: str, module: nn.Module) -> str:
@@ -128,7 +137,7 @@ def backbone_prefix(task: str, module: nn.Module) -> str:
     return f"{plain_name(found[0])}."
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def _check_target(folder: Path, overwrite: bool, marker: str) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
@@ -137,9 +146,10 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{folder} is not empty: export to another folder, or pass overwrite=True to replace it"
         )
-    if not (folder / CONFIG).is_file():
+    if not (folder / marker).is_file():
+        what = "a model" if marker == CONFIG else "an adapter"
         raise FileExistsError(
-            f"{folder} holds something else than a model (no {CONFIG}), which overwrite=True does "
+            f"{folder} holds something else than {what} (no {marker}), which overwrite=True does "
             "not replace: export to another folder, or empty this one"
         )
 
@@ -170,9 +180,13 @@ def _check_names(tasks: Iterable[str]) -> None:
 def _save_heads(folder: Path, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
     for task, tensors in heads.items():
         folder.mkdir(exist_ok=True)
-        # clones, for save_file refuses tensors that share memory
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, folder / f"{task}.safetensors", metadata={"format": "pt"})
+        _save(folder / f"{task}.safetensors", tensors)
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    # clones, for save_file refuses tensors that share memory
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, file, metadata={"format": "pt"})
 
 
 def _remove(folder: Path) -> None:
@@ -180,117 +194,41 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _card(
-    card: MergeCard,
-    title: str,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    heads: Mapping[str, Mapping[str, Tensor]],
-) -> ModelCard:
-    start = card.base_model
-    hub = start is not None and _is_hub_id(start)
-    if start is not None and not hub:
-        start = Path(start).name  # the rest of a path says nothing to others
-    metadata = ModelCardData(
-        base_model=start if hub else None,
-        library_name="transformers",
-        tags=["merge", "mats_lightning"],
-    )
-    recipe = {
-        "merge_method": card.method,
-        **({} if start is None else {"base_model": start}),
-        "models": [{"model": task["checkpoint"]} for task in card.tasks],
-        "parameters": {name: _plain(value, name) for name, value in card.options.items()},
-    }
-    origin = f", fine-tuned from {start}" if start else ""
-    return ModelCard(
-        f"""---
-{metadata.to_yaml()}
----
-
-# {title}
-
-{len(card.tasks)} models{origin}, one a task, merged into this one by mats_lightning without
-their data. Examples are those that a model's statistics were taken from; the score is the merged
-model's.
-
-{_task_table(card)}
-
-## Merge
-
-```yaml
-{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()}
-```
-
-Made with {", ".join(f"{name} {version}" for name, version in card.versions.items())}.
-
-## Use
-
-```python
-{_snippet(model, tokenizer is not None, heads)}
-```
-
-`folder` is where this file lies: the current folder, or what
-`huggingface_hub.snapshot_download` returned. A head is a mapping from name to tensor; how it is
-applied to the model's output is up to the module that it was trained in.
-"""
-    )
-
-
-def _is_hub_id(name: str) -> bool:
-    form = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, flags=re.ASCII)
-    return form is not None and not Path(name).exists()
-
-
-def _plain(value: object, option: str) -> object:
-    """`value` as YAML can say it."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(item, option) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, option) for key, item in value.items()}
-    raise ValueError(
-        f"option {option!r} of the card is or holds a {type(value).__name__}: expected numbers, "
-        "text, None, lists and mappings of them. Describe it in words"
-    )
-
-
-def _task_table(card: MergeCard) -> str:
-    scores = card.scores or {}
-    unknown = scores.keys() - {task["name"] for task in card.tasks}
-    if unknown:
-        raise ValueError(
-            f"the card has scores of {', '.join(sorted(unknown))}, which are not among its tasks: "
-            f"{', '.join(task['name'] for task in card.tasks)}. Name the tasks alike"
-        )
-    lines = ["| task | checkpoint | examples | metric | score |", "| :-- | :-- | --: | :-- | --: |"]
-    for task in card.tasks:
-        name, examples = task["name"], task.get("examples")
-        score = f"{scores[name]:.3f}" if name in scores else ""
-        cells = [name, task["checkpoint"], "" if examples is None else str(examples)]
-        cells += [task["metric"], score]
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _snippet(
+def _program_of_model(
     model: "PreTrainedModel", tokenizer: bool, heads: Mapping[str, Mapping[str, Tensor]]
 ) -> str:
     """A program that loads what was exported, run in its folder."""
     # AutoModel loads the model without a head; one with a head is loaded by its own class
     loader = "AutoModel" if model.base_model is model else type(model).__name__
-    imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
+    if (module := type(model).__module__).startswith("transformers."):
+        imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
+    else:  # of another package, which AutoModel may not know
+        loader = type(model).__name__
+        imports = [f"from {module} import {loader}"]
+        imports += ["from transformers import AutoTokenizer"] if tokenizer else []
     parameters = inspect.signature(type(model)).parameters
     no_pooler = getattr(model, "pooler", model) is None and "add_pooling_layer" in parameters
     options = ", add_pooling_layer=False" if no_pooler else ""  # or it would start at random
     lines = ['folder = "."', f"model = {loader}.from_pretrained(folder{options})"]
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    return _with_head(imports, lines, heads)
+
+
+def _program_of_adapter(card: MergeCard, heads: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """The same for an adapter; on which model it sits is for the reader to load."""
+    base = f"  # the {card.base_model} that it was trained on" if card.base_model else ""
+    lines = ['folder = "."', f"model = PeftModel.from_pretrained(model, folder){base}"]
+    return _with_head(["from peft import PeftModel"], lines, heads)
+
+
+def _with_head(
+    imports: list[str], lines: list[str], heads: Mapping[str, Mapping[str, Tensor]]
+) -> str:
     if heads:
         task, tensors = next(iter(heads.items()))
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         file = json.dumps(f"/{HEADS}/{task}.safetensors", ensure_ascii=False)
-        imports.insert(0, "from safetensors.torch import load_file")
-        lines.append(f"head = load_file(folder + {file})  # {shapes}")
+        imports = ["from safetensors.torch import load_file", *imports]
+        lines = [*lines, f"head = load_file(folder + {file})  # {shapes}"]
     return "\n".join([*imports, "", *lines])

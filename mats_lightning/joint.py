@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mats_lightning import merging
+from mats_lightning.lora import Lora
 from mats_lightning.merging import Block, MergeResult
 from mats_lightning.merging.blocks import covering_statistics
 from mats_lightning.merging.models import check_models, check_weights, names_with
+from mats_lightning.products import (
+    factors_of,
+    lora_of,
+    product_models,
+    product_start,
+    refactored,
+)
 from mats_lightning.statistics import Statistics
-from mats_lightning.tasks import Part, Task, check_tasks
+from mats_lightning.tasks import Part, Task, check_same_scaling, check_tasks
 
 Weights = Mapping[str, Tensor]
 METHODS: dict[str, Callable[..., Any]] = {
@@ -61,6 +70,10 @@ class JointMerge:
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
         self._weights = self._task_weights()
+        self.lora_rank: int | None = None  # that merged products get as factors
+        if method in METHODS:
+            self.lora_rank = self.options.pop("lora_rank", None)
+        self._products: dict[int, tuple[Lora, dict[str, float]]] = {}  # count -> adapter, lost
         self._merged: dict[str, dict[int, MergeResult]] | None = None  # part -> count -> state
         self._check_arguments()
 
@@ -76,6 +89,8 @@ class JointMerge:
             device = torch.device("cpu")
         merged: dict[str, dict[int, MergeResult]] = {}
         if self.method not in REFERENCES:
+            if self.lora_rank is None:
+                check_same_scaling(list(self.tasks.values()))
             for part, (names, members) in self._parts().items():
                 merged[part] = self._merge_part(part, names, members, device, progress)
         elif self.method == "pretrained":
@@ -115,6 +130,22 @@ class JointMerge:
             if part in self._merged and task in members:
                 state |= self._merged[part][self.in_use].state_dict
         return state
+
+    def adapter_of(self, task: str) -> Lora | None:
+        """The LoRA adapter of one task's model, where its checkpoint is one, with what is merged.
+
+        Its rank, where products are merged, is another than that of the checkpoint.
+        """
+        lora = lora_of(self.tasks[task])
+        if lora is None:
+            return None
+        like = self._products[self.in_use][0] if self._products else lora
+        return replace(like, weights=self.state_of(task))
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """Layer -> what share of its merged product the rank leaves out, for the state in use."""
+        return self._products[self.in_use][1] if self._products else {}
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -169,11 +200,18 @@ class JointMerge:
                     " in Task(head=...)"
                 )
             thetas.append(Part(task.weights, names, device))
+        adapters: list[Lora] = []
+        if part == SHARED and self.lora_rank is not None:
+            adapters = [factors_of(self.tasks[member]) for member in members]
+            thetas = product_models(adapters, device)
+            names = list(thetas[0])
         wanted = inspect.signature(function).parameters
         if "statistics" in wanted:
             options["statistics"] = [self._statistics(member, names) for member in members]
         if "pretrained" in wanted:
-            options["pretrained"] = self._start_of(part, device)
+            options["pretrained"] = (
+                product_start(thetas[0]) if adapters else self._start_of(part, device)
+            )
         if "averaged" in options:
             options["averaged"] = self._averaged(names)
         with ExitStack() as stack:
@@ -184,14 +222,32 @@ class JointMerge:
             except ValueError as error:
                 order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
                 raise ValueError(f"{self.method} of the {part}: {error} ({order})") from error
+        states = self._states(result, names, options.get("statistics", []))
+        if not adapters:
+            return states
+        assert self.lora_rank is not None
+        for count, state in states.items():
+            states[count], adapter, lost = refactored(
+                state,
+                self.lora_rank,
+                adapters,
+                options.get("statistics", []),
+                options["weights"],
+            )
+            self._products[count] = adapter, lost
+        return states
+
+    def _states(
+        self, result: Any, names: list[str], statistics: list[Statistics]
+    ) -> dict[int, MergeResult]:
+        """What a merge function returned, by iteration count."""
         if isinstance(result, MergeResult):
             return {self.counts[0]: result}
         if self.method == "mats":
             assert isinstance(result, dict)
             return result
         if self.method in STATISTICS:
-            kinds = STATISTICS[self.method]
-            covered = covering_statistics(names, kinds, options["statistics"])
+            covered = covering_statistics(names, STATISTICS[self.method], statistics)
             uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
             return {0: MergeResult(result, uncovered=uncovered)}
         return {0: MergeResult(result)}
@@ -267,12 +323,14 @@ class JointMerge:
         ours = {"thetas", "statistics", "pretrained", "weights", "on_block"}
         signature = inspect.signature(METHODS[self.method]) if self.method in METHODS else None
         known_options = set(signature.parameters) - ours if signature else set()
+        listed = sorted({*known_options, "lora_rank"} if signature else [])
         if unknown := sorted(set(self.options) - known_options):
             raise ValueError(
-                f"{self.method} has no option '{unknown[0]}'; it has"
-                f" {', '.join(sorted(known_options)) or 'none'}"
+                f"{self.method} has no option '{unknown[0]}'; it has {', '.join(listed) or 'none'}"
             )
-        if self._needs_start() and self._pretrained is None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank}: an adapter has 1 at least")
+        if self.lora_rank is None and self._needs_start() and self._pretrained is None:
             raise ValueError(
                 f"method '{self.method}' with {self.options} needs the model that the tasks"
                 " started from: pass pretrained=<state dict or path>"

@@ -12,30 +12,31 @@ weights that they sit on (`adapted_weights=True`), and made into factors of any 
 Products have the names of the weights that they are added to, "<layer>.base_layer.weight".
 """
 
-import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import (
     ADAPTER,
-    ADAPTER_CONFIG,
     ADAPTER_NAME,
     adapter_config,
+    adapter_key,
     load_weights,
 )
+from mats_lightning.export import export_adapter
 from mats_lightning.merging.models import merge_dtype
+from mats_lightning.names import plain_name
 
 A, B = f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight"
 BASE = ".base_layer.weight"
+FORM = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}  # decides the scalings
 HEAD = f".modules_to_save.{ADAPTER_NAME}."
 # what makes an adapter something else than W + scaling B A with the W of the model's own folder
 VARIANTS = (
@@ -166,34 +167,44 @@ class Products(Mapping[str, Tensor]):
         return len(self._layers)
 
 
-def save_lora(folder: str | os.PathLike[str], lora: Lora) -> Path:
+def save_lora(
+    folder: str | os.PathLike[str],
+    lora: Lora,
+    card: MergeCard | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write the adapter as peft does: `PeftModel.from_pretrained(model, folder)` loads it.
 
-    It is written beside its place and renamed. Returns the folder. Raises FileExistsError where
-    the folder holds something.
+    With a card there is a README.md that says how it was merged. It is written beside its place
+    and renamed. Returns the folder. Raises FileExistsError where the folder holds something
+    (with `overwrite`: something else than an adapter).
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty: save the adapter to another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {_file_name(name, lora): lora.weights[name].contiguous() for name in lora.weights}
-    config = json.dumps(dict(lora.config), indent=2, sort_keys=True)
-    (partial / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
-    save_file(tensors, partial / ADAPTER, metadata={"format": "pt"})
-    # safetensors makes its files readable for their owner alone
-    (partial / ADAPTER).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return folder
+    weights = {
+        adapter_key(name.removeprefix(lora.prefix)): lora.weights[name] for name in lora.weights
+    }
+    return export_adapter(folder, lora.config, weights, {}, card, overwrite)
 
 
-def _file_name(name: str, lora: Lora) -> str:
-    """The name in peft's file, where the adapter's own name is left out."""
-    name = name.removeprefix(lora.prefix)
-    return name.replace(A, ".lora_A.weight").replace(B, ".lora_B.weight").replace(HEAD, ".")
+def take_form(module: nn.Module, lora: Lora) -> None:
+    """Give peft's LoRA layers inside of `module` the ranks and scalings of `lora`.
+
+    The factors of layers that change are empty then, and wait for a state dict.
+    """
+    layers: dict[str, Any] = {plain_name(name): layer for name, layer in module.named_modules()}
+    for name in lora.layers:
+        layer, rank, scaling = layers[name], len(lora.weights[name + A]), lora.scaling(name)
+        if layer.r[ADAPTER_NAME] == rank and math.isclose(layer.scaling[ADAPTER_NAME], scaling):
+            continue
+        a, b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        a.out_features = b.in_features = layer.r[ADAPTER_NAME] = rank
+        a.weight = nn.Parameter(a.weight.new_empty(rank, a.in_features))
+        b.weight = nn.Parameter(b.weight.new_empty(b.out_features, rank))
+        layer.scaling[ADAPTER_NAME] = scaling
+    for found in layers.values():
+        configs = getattr(found, "peft_config", None)
+        if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
+            for key in lora.config.keys() & FORM:  # for save_pretrained
+                setattr(configs[ADAPTER_NAME], key, lora.config[key])
 
 
 def _check_lora(lora: Lora, what: str) -> None:

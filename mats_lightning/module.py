@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mats_lightning.checkpoints import load_weights
-from mats_lightning.export import MergeCard, backbone_prefix, export_huggingface
 from mats_lightning.joint import JointMerge
+from mats_lightning.lora import Lora, take_form
+from mats_lightning.merge_folder import export_merge
 from mats_lightning.merging import Block
 from mats_lightning.names import plain_name
-from mats_lightning.sidecar import versions
 from mats_lightning.tasks import Task
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class MergeModule(pl.LightningModule):
             individual or pretrained, the rows that a comparison needs.
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
+            `lora_rank`, of every method, merges LoRA adapters as their products (what they add
+            to the weights), which are made into factors of this rank by an SVD; it is weighted
+            with the statistics, which need `adapted_weights=True`, where the method takes some.
         pretrained: the model that all tasks started from (a state dict, or a path that
             `load_weights` reads); needed by pretrained, the methods of task vectors
             (task_arithmetic, ties, dare, iso_c, tsv_m), and the options init="pretrained" and
@@ -92,6 +96,12 @@ class MergeModule(pl.LightningModule):
             self._joint.run(device, progress)
             self._merged = True
             self._put_in_place()
+            if lost := self._joint.lost.values():
+                rank_zero_info(
+                    f"{self._joint.method}: rank {self._joint.lora_rank} leaves out"
+                    f" {median(lost):.1%} of a merged product (median over layers; at most"
+                    f" {max(lost):.1%})"
+                )
             for part, names in self._joint.uncovered.items():
                 how = self._joint.options.get("uncovered", "average")
                 rank_zero_info(
@@ -113,7 +123,7 @@ class MergeModule(pl.LightningModule):
 
     def _put_in_place(self) -> None:
         for name, task in self.tasks.items():
-            _load(task.module, self._joint.state_of(name))
+            _load(task.module, self._joint.state_of(name), self._joint.adapter_of(name))
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
@@ -124,7 +134,7 @@ class MergeModule(pl.LightningModule):
         """A copy of the task's LightningModule with the merged weights, independent of ours."""
         state = self.state_of(task)
         module = copy.deepcopy(self.tasks[task].module)
-        _load(module, state)
+        _load(module, state, self._joint.adapter_of(task))
         return module
 
     @property
@@ -143,51 +153,15 @@ class MergeModule(pl.LightningModule):
 
         The one transformers model inside of the tasks' modules is written with its config; all
         that lies outside of it (heads) goes to heads/<task>.safetensors, and a card says how it
-        was merged. `tokenizer` is by default that of the tasks' module or data, if they have one.
+        was merged. Where the tasks' checkpoints are adapters it is the merged adapter, which
+        PeftModel.from_pretrained loads. `tokenizer` is by default that of the tasks' module or
+        data, if they have one.
 
         Raises ValueError where there is no such model or several, or where it is not the same
         for all tasks; FileExistsError for a folder that is not empty, without `overwrite`.
         """
-        prefix = {
-            name: backbone_prefix(task.name, task.module) for name, task in self.tasks.items()
-        }
-        first = next(iter(self.tasks))
-        inside = [name for name in self._joint.shared if name.startswith(prefix[first])]
-        own = [n for n in self.tasks[first].weights if n.startswith(prefix[first])]
-        if len(set(prefix.values())) > 1 or len(own) != len(inside):
-            raise ValueError(
-                "export writes one model that all tasks share, and here parameters inside of"
-                f" '{prefix[first].rstrip('.')}' belong to single tasks; use model(task) instead"
-            )
-        merged: Any = self.model(first).get_submodule(prefix[first].rstrip("."))
-        heads = {}
-        for name in self.tasks:
-            state = self.state_of(name)
-            heads[name] = {k: v for k, v in state.items() if not k.startswith(prefix[first])}
-        if tokenizer is None:
-            task = self.tasks[first]
-            for owner in (task.module, task.data):
-                tokenizer = tokenizer or getattr(owner, "tokenizer", None)
-        options, iterations = self._joint.options, self._joint.in_use
-        if iterations:
-            options = options | {"iterations": iterations}
-        card = MergeCard(
-            method=self._joint.method,
-            options=options,
-            tasks=[
-                {
-                    "name": name,
-                    "checkpoint": Path(task.checkpoint).name,
-                    "metric": task.metric,
-                    "examples": self._joint.examples.get(name),
-                }
-                for name, task in self.tasks.items()
-            ],
-            base_model=merged.config.name_or_path or None,
-            versions=versions(),
-            scores=self.scores or None,
-        )
-        return export_huggingface(folder, merged, tokenizer, heads, card, overwrite)
+        first = self.model(next(iter(self.tasks)))
+        return export_merge(self._joint, first, self.scores, folder, tokenizer, overwrite)
 
     def _check_individual(self) -> None:
         if self._individual is None:
@@ -324,7 +298,9 @@ class MergeModule(pl.LightningModule):
             self.log("relative", sum(quotients) / len(quotients))
 
 
-def _load(module: nn.Module, state: Weights) -> None:
+def _load(module: nn.Module, state: Weights, adapter: Lora | None) -> None:
     """Load by plain names; what the state does not hold stays as it is."""
+    if adapter is not None:
+        take_form(module, adapter)
     actual = module.state_dict()
     module.load_state_dict({k: state.get(plain_name(k), v) for k, v in actual.items()})

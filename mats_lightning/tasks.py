@@ -19,6 +19,10 @@ from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
 
+# of an adapter's configuration: what decides how its parameters act on a layer
+SCALING = ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora")
+MEANING = (*SCALING, "r", "rank_pattern", "feedforward_modules")
+
 
 @dataclass
 class Task:
@@ -84,12 +88,8 @@ class Task:
         """The same factors mean something else under another scaling."""
         path = Path(self.checkpoint)
         found = adapter_config(path if path.is_dir() else path.parent)
-        for module in self.module.modules():
-            config: Any = getattr(module, "peft_config", None)
-            if not isinstance(config, Mapping) or ADAPTER_NAME not in config:
-                continue
-            expected = config[ADAPTER_NAME].to_dict()
-            for key in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora"):
+        for expected in _adapter_configs(self.module):
+            for key in SCALING:
                 if (found.get(key) or None) != (expected.get(key) or None):
                     raise ValueError(
                         f"task '{self.name}': {self.checkpoint} was trained with"
@@ -175,6 +175,41 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                 f"task '{task.name}' is in the head group '{task.head_group}' and has no head:"
                 " say which parameters it is in Task(head=...)"
             )
+
+
+def check_same_scaling(tasks: Sequence[Task]) -> None:
+    """Raises ValueError for tasks whose adapters' parameters mean different things.
+
+    The factors of a LoRA with another alpha or rank add something else to the weights, so their
+    means are means of nothing; (IA)^3 vectors multiply a layer's input or its output.
+    """
+    first, *others = [(task.name, _adapter_configs(task.module)) for task in tasks]
+    for name, configs in others:
+        for mine, theirs in zip(first[1], configs, strict=False):  # names are compared elsewhere
+            for key in MEANING:
+                values = [_plain(config.get(key)) for config in (mine, theirs)]
+                if values[0] != values[1]:
+                    raise ValueError(
+                        f"the adapters of tasks '{first[0]}' and '{name}' have {key}={values[0]!r}"
+                        f" and {values[1]!r}: their parameters cannot be merged one by one. Train"
+                        " them alike, or give lora_rank, which merges the products of LoRA factors"
+                    )
+
+
+def _adapter_configs(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """peft's configurations of the adapters inside of a module."""
+    found: dict[int, dict[str, Any]] = {}  # PeftModel and the tuner inside of it share theirs
+    for part in module.modules():
+        configs: Any = getattr(part, "peft_config", None)
+        if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
+            config = configs[ADAPTER_NAME]
+            found[id(config)] = config.to_dict()
+    return list(found.values())
+
+
+def _plain(value: Any) -> Any:
+    """Sets and lists in one order, and None for what is empty."""
+    return sorted(value) if isinstance(value, set | list | tuple) else value or None
 
 
 def _begins(parameter: str, prefix: str) -> bool:

@@ -5,15 +5,17 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
 import transformers
+from adapters import adapted
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from packages import model_path
+from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -31,11 +33,11 @@ class Classifier(L.LightningModule):
     linearly over the first tenth of the steps and falls linearly to zero over the rest. The metric
     `accuracy` is logged in validation and test.
 
-    A subclass says in `pool` what the vector is, and in `vectors` how many hidden states it is
-    put together of. Its arguments are those of TextClassifier.
-    """
+    With an adapter its parameters and the head alone are trained.
 
-    vectors: ClassVar[int] = 1
+    A subclass says in `pool` what the vector is, and in `width` how long. Its arguments are those
+    of TextClassifier.
+    """
 
     def __init__(
         self,
@@ -44,28 +46,45 @@ class Classifier(L.LightningModule):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         head_seed: int = 0,
+        adapter: str | None = None,
+        adapter_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.backbone = load_backbone(backbone)
-        size = getattr(self.backbone.config, "hidden_size", None)
-        if size is None:
+        self.backbone: PreTrainedModel | PeftModel = load_backbone(backbone)
+        if adapter is not None:  # before the head: its random start is that of all tasks
+            self.backbone = adapted(self.backbone, backbone, adapter, adapter_options or {})
+        if getattr(self.pretrained.config, "hidden_size", None) is None:
             raise MisconfigurationException(
-                f"{backbone} is a {type(self.backbone).__name__}, whose config has no hidden_size: "
-                "expected a transformer"
+                f"{backbone} is a {type(self.pretrained).__name__}, whose config has no "
+                "hidden_size: expected a transformer"
             )
-        self.head = nn.Linear(self.vectors * size, num_classes)
+        self.head = nn.Linear(self.width, num_classes)
         start = torch.Generator().manual_seed(head_seed)
         nn.init.normal_(self.head.weight, std=0.02, generator=start)
         nn.init.zeros_(self.head.bias)
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        """The backbone as transformers knows it, without peft's model around it."""
+        inside = self.backbone
+        if isinstance(inside, PeftModel):
+            model: Any = inside.get_base_model()
+            inside = model
+        return inside
+
+    @property
+    def width(self) -> int:
+        """Numbers in the vector of an example."""
+        return int(self.pretrained.config.hidden_size)
+
     @abstractmethod
     def pool(self, batch: Batch) -> Tensor:
-        """What the head sees: (batch, vectors * hidden size)."""
+        """What the head sees: (batch, width)."""
 
     @override
     def forward(self, batch: Batch) -> Tensor:
@@ -103,7 +122,8 @@ def optimizer_and_schedule(
     module: L.LightningModule, learning_rate: float, weight_decay: float
 ) -> OptimizerLRScheduler:
     """AdamW; the learning rate rises over the first tenth of the trainer's steps, then falls."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     steps = int(module.trainer.estimated_stepping_batches)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     return {

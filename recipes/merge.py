@@ -29,7 +29,7 @@ from cells import Cells, about_tasks
 from compare import Comparison, Outcome
 from merge_options import Options, parse_options
 from torch import Tensor
-from train_tasks import task_data, task_module, train_task, write_json
+from train_tasks import as_task, task_data, train_task, write_json
 
 from mats_lightning import Task
 from mats_lightning.report import (
@@ -96,8 +96,7 @@ def finetuned_tasks(options: Options) -> tuple[list[Task], dict[str, Any]]:
         trained = train_task(options, task, data)
         when = "now" if trained.now else "earlier, kept"
         print(f"{task.name}: {trained.checkpoint} (trained {when}, {trained.seconds:.0f} s)")
-        module = task_module(options, task, data)
-        tasks.append(Task(task.name, module, trained.checkpoint, data, head_group=task.head_group))
+        tasks.append(as_task(options, task, data, trained.checkpoint))
         record[task.name] = {
             "checkpoint": str(trained.checkpoint),
             "seconds": trained.seconds,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from adapters import ADAPTERS
 from jsonargparse import ArgumentParser
 from labelled_data import HubDataset
 from modalities import MODALITIES, Modality
@@ -77,7 +78,10 @@ class Options:
         methods: the rows of the table below the individual models, by their label.
         modality: what the tasks' inputs are: "text" or "image".
         model: what all tasks start from: a hub id, a local folder, "package:minilm",
-            "package:dinov2-small".
+            "package:dinov2-small", "package:efficientnet-lite0".
+        adapter: what of the model is fine-tuned: all of it (null), or an adapter of peft, "ia3" or
+            "lora"; then the adapters are what is merged.
+        adapter_options: of peft's IA3Config or LoraConfig, over the defaults in adapters.py.
         output_dir: where everything goes.
         epochs: of each fine-tune; the statistics are those of the last one.
         learning_rate: of the fine-tunes, at its highest.
@@ -96,6 +100,8 @@ class Options:
     methods: dict[str, MethodOptions]
     modality: str = "text"
     model: str = "package:minilm"
+    adapter: str | None = None
+    adapter_options: dict[str, Any] = field(default_factory=dict)
     output_dir: Path = Path("runs/text")
     epochs: int = 2
     learning_rate: float = 1e-4
@@ -124,8 +130,22 @@ class Options:
                 )
             if not re.fullmatch(r"[\w.-]+", task.name):
                 raise ValueError(f"tasks: {task.name!r} must name a folder: letters, digits, . _ -")
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
+        elif self.adapter_options:
+            raise ValueError(f"adapter_options without an adapter: choose {' or '.join(ADAPTERS)}")
         if self.epochs < 1:
             raise ValueError(f"epochs must be 1 or more, got {self.epochs}")
+
+    def _check_adapter(self, adapter: str) -> None:
+        if adapter not in ADAPTERS:
+            raise ValueError(f"adapter: {adapter!r} is none of {', '.join(ADAPTERS)}")
+        for task in self.task_list:
+            if task.head_group is not None:
+                raise ValueError(
+                    f"tasks: {task.name!r} has the head_group {task.head_group!r}, and heads beside"
+                    " an adapter are not merged: leave it out, or train the whole model"
+                )
 
     @property
     def kind(self) -> Modality:

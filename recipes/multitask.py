@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from train_tasks import (
     COMMON,
     TrainedTask,
+    as_task,
     finished,
     folder_of,
     return_memory,
@@ -51,7 +52,7 @@ from train_tasks import (
 )
 from typing_extensions import override
 
-from mats_lightning import MergeModule, Task
+from mats_lightning import MergeModule
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.report import (
     INDIVIDUAL,
@@ -275,7 +276,7 @@ def individual_scores(options: Options, data: Data, settings: Settings) -> dict[
         )
         return None
     tasks = [
-        Task(task.name, task_module(options, task, data[task]), trained.checkpoint, data[task])
+        as_task(options, task, data[task], trained.checkpoint)
         for task, trained in found.items()
         if trained is not None
     ]

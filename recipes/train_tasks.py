@@ -8,6 +8,7 @@ settings trains again beside the earlier one, and checkpoints of different setti
                                      resume/epoch=0.ckpt           until the task is finished
                                      trec.ckpt                     the weights
                                      trec.ckpt.mats.safetensors    the statistics
+                                     trec/, trec.mats.safetensors  instead, with an adapter
                                      result.json                   written last: it is finished
 """
 
@@ -26,18 +27,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+from adapters import STATISTICS, load_head, save_adapter
 from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from merge_options import Options, TaskOptions
 from torch import Tensor
 
-from mats_lightning import MaTSStatsCallback
+from mats_lightning import MaTSStatsCallback, Task
 from mats_lightning.sidecar import sidecar_path
 
 __all__ = [
     "COMMON",
     "TrainedTask",
+    "as_task",
     "finished",
     "folder_of",
     "return_memory",
@@ -81,7 +84,21 @@ def task_module(options: Options, task: TaskOptions, data: LabelledData) -> Clas
         backbone=options.model,
         learning_rate=options.learning_rate,
         head_seed=options.seed + head,
+        adapter=options.adapter,
+        adapter_options=options.adapter_options,
     )
+
+
+def as_task(options: Options, task: TaskOptions, data: LabelledData, checkpoint: Path) -> Task:
+    """The fine-tuned task as MergeModule takes it; its module starts with the pretrained weights.
+
+    An adapter's checkpoint is without the head, so the module has the trained one.
+    """
+    module, head_group = task_module(options, task, data), task.head_group
+    if options.adapter is None:
+        return Task(task.name, module, checkpoint, data, head_group=head_group)
+    load_head(module, checkpoint)
+    return Task(task.name, module, checkpoint, data, prefix="backbone.")
 
 
 def train_task(options: Options, task: TaskOptions, data: LabelledData) -> TrainedTask:
@@ -89,7 +106,9 @@ def train_task(options: Options, task: TaskOptions, data: LabelledData) -> Train
     module = task_module(options, task, data)
     settings = task_settings(options, task, data, module)
     folder = task_folder(options, task, settings)
-    trained = train(options, module, data, folder, settings, statistics=True)
+    trained = train(
+        options, module, data, folder, settings, statistics=True, adapter=options.adapter
+    )
     del module
     return_memory()
     return trained
@@ -102,13 +121,15 @@ def train(
     folder: Path,
     settings: Mapping[str, Any],
     statistics: bool,
+    adapter: str | None = None,
 ) -> TrainedTask:
     """The final checkpoint in `folder`, which is the one of these settings (`folder_of`).
 
     It is kept when it is finished, resumed from its last epoch when it was interrupted, and
-    otherwise trained from the start. The caller lets go of `module` and calls `return_memory`.
+    otherwise trained from the start. With `adapter` the checkpoint is the folder of the module's
+    adapter, not the whole module. The caller lets go of `module` and calls `return_memory`.
     """
-    result, checkpoint, resume = folder / "result.json", checkpoint_in(folder), folder / "resume"
+    result, resume = folder / "result.json", folder / "resume"
     if (kept := finished(folder, statistics)) is not None:
         shutil.rmtree(resume, ignore_errors=True)  # there after a kill between the last two lines
         return kept
@@ -117,7 +138,10 @@ def train(
         write_json(folder / "settings.json", settings)
     started = time.perf_counter()
     trainer = fit(options, module, data, resume, statistics)
+    checkpoint = folder / f"{task_of(folder)}.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=True)
+    if adapter is not None:
+        checkpoint = save_adapter(module, checkpoint)
     data.trainer = None  # which has the optimizer's state and the sums
     seconds = round(time.perf_counter() - started, 1)
     write_json(result, {"seconds": seconds})
@@ -144,8 +168,14 @@ def task_folder(options: Options, task: TaskOptions, settings: Mapping[str, Any]
     return folder_of(options.output_dir / "tasks", task.name, settings)
 
 
+def task_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[0]
+
+
 def checkpoint_in(folder: Path) -> Path:
-    return folder / f"{folder.name.rpartition('-')[0]}.ckpt"
+    """Of a finished training: the folder of its adapter, where it has one."""
+    adapter = folder / task_of(folder)
+    return adapter if adapter.is_dir() else folder / f"{adapter.name}.ckpt"
 
 
 def return_memory() -> None:
@@ -166,12 +196,13 @@ def fit(
 ) -> L.Trainer:
     """Train from the newest checkpoint in `resume`, with statistics of the last epoch if wanted."""
     L.seed_everything(options.seed, verbose=False)
+    kinds = {} if options.adapter is None else STATISTICS[options.adapter]
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=1,
         max_epochs=options.epochs,
         callbacks=[
-            *([MaTSStatsCallback(last_n_epochs=1)] if statistics else []),
+            *([MaTSStatsCallback(last_n_epochs=1, **kinds)] if statistics else []),
             ModelCheckpoint(resume, filename="{epoch}", save_on_train_epoch_end=True),
             RichProgressBar(),
         ],
@@ -191,8 +222,10 @@ def task_settings(
     options: Options, task: TaskOptions, data: LabelledData, module: Classifier
 ) -> dict[str, Any]:
     """All that decides what a fine-tune gives; the rows it is evaluated on are not among it."""
+    adapter = {"adapter": options.adapter, "adapter_options": options.adapter_options}
     return {
         **{name: getattr(options, name) for name in COMMON},
+        **(adapter if options.adapter is not None else {}),
         "head_group": task.head_group,
         "num_classes": data.num_classes,
         "start_weights": digest_of(module.state_dict()),
@@ -210,7 +243,7 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 
 def report_changes(folder: Path, settings: Mapping[str, Any]) -> None:
     """Say in which settings the newest earlier fine-tune of this task differs from `settings`."""
-    name = folder.name.rpartition("-")[0]
+    name = task_of(folder)
     earlier = [
         path
         for path in folder.parent.glob(f"{name}-*/settings.json")

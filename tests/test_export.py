@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import load_weights
-from mats_lightning.export import MergeCard, export_huggingface
+from mats_lightning.export import export_huggingface
 
 CONFIG = BertConfig(
     vocab_size=20,

@@ -43,17 +43,28 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": set(),
     "merging": {"operators", "solvers", "statistics"},
     "checkpoints": {"names"},
-    "lora": {"checkpoints", "merging"},
+    "card": set(),
+    "export": {"card", "checkpoints", "names"},
+    "lora": {"card", "checkpoints", "export", "merging", "names"},
     "low_rank": {"lora", "merging", "operators", "statistics"},
     "tasks": {"checkpoints", "names", "sidecar", "statistics"},
-    "export": {"names"},
+    "products": {"checkpoints", "lora", "low_rank", "merging", "statistics", "tasks"},
     "report": set(),
-    "joint": {"merging", "statistics", "tasks"},
-    "module": {"checkpoints", "export", "joint", "merging", "names", "sidecar", "tasks"},
+    "joint": {"lora", "merging", "products", "statistics", "tasks"},
+    "merge_folder": {
+        "card",
+        "checkpoints",
+        "export",
+        "joint",
+        "names",
+        "sidecar",
+        "tasks",
+    },
+    "module": {"checkpoints", "joint", "lora", "merge_folder", "merging", "names", "tasks"},
     "__init__": {"callback", "collect", "merging", "module", "sidecar", "statistics", "tasks"},
     "__main__": set(),
 }
-KNOW_LIGHTNING = {"callback", "collect", "module", "saving", "tasks", "training"}
+KNOW_LIGHTNING = {"callback", "collect", "merge_folder", "module", "saving", "tasks", "training"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 NO_NAMES = {"utils", "util", "base", "helpers", "helper", "common", "misc", "managers", "factories"}
 

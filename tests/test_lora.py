@@ -241,8 +241,12 @@ def test_factors_are_merged_from_adapter_folders(
         assert torch.equal(again(IDS).logits, model.eval().backbone(IDS).logits)
 
 
-def test_export_of_a_model_under_peft_is_refused(tmp_path: Path) -> None:
-    module = MergeModule(tasks(tmp_path), "average")
+def test_export_of_a_whole_checkpoint_under_peft_is_refused(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    for task in pair:
+        task.checkpoint, task.prefix = tmp_path / f"{task.name}.ckpt", ""
+        torch.save({"state_dict": task.module.state_dict()}, task.checkpoint)
+    module = MergeModule(pair, "average")
     message = r"task 'bert1': 'backbone' of Classifier is peft's .*model\('bert1'\).*save_pretrai"
     with pytest.raises(ValueError, match=message):
         module.export(tmp_path / "whole")
@@ -506,7 +510,7 @@ def test_a_merge_of_the_same_rank_is_a_checkpoint_of_the_same_tasks(tmp_path: Pa
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (folder,) = saved(tmp_path, "bert", 1)
-    with pytest.raises(FileExistsError, match="is not empty: save the adapter to another folder"):
+    with pytest.raises(FileExistsError, match="is not empty: export to another folder"):
         save_lora(folder, load_lora(folder))
 
 

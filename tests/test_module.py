@@ -843,7 +843,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "avrage"}, "no method is called 'avrage'; choose from average, task_ar"),
     "option": (
         {"method": "fisher", "options": {"iterations": 3}},
-        "fisher has no option 'iterations'; it has floor, normalize, uncovered",
+        "fisher has no option 'iterations'; it has floor, lora_rank, normalize, uncovered",
     ),
     "option of a reference": (
         {"method": "individual", "options": {"scale": 3}},

@@ -52,6 +52,12 @@ def covering_statistics(
                     f" model {covered.index(False)}: take the same statistics of every model"
                 )
     if not covering:
+        if there := _other_statistics(names[0], statistics):
+            raise ValueError(
+                f"no parameter ('{names[0]}' ...) has the statistic {' or '.join(kinds)}; they have"
+                f" {' and '.join(there)}: choose a method for these (fisher, or mats with"
+                f" objective={there!r})"
+            )
         found = sorted(key for sets in known.values() for keys in sets for key in keys)
         raise ValueError(
             f"no parameter ('{names[0]}' ...) has the statistic {' or '.join(kinds)}: the"
@@ -59,6 +65,15 @@ def covering_statistics(
             + (f"that of '{found[0]}' ...; is a prefix missing?" if found else "none of this kind")
         )
     return covering
+
+
+def _other_statistics(name: str, statistics: Sequence[Statistics]) -> list[str]:
+    """What these statistics hold of a parameter, in all models."""
+    return [
+        kind
+        for kind in ("diagonal_fisher", "gram", "kfac", "block_fisher")
+        if all(statistic_name(name, kind, s) in getattr(s, kind) for s in statistics)
+    ]
 
 
 def operator(

@@ -1,0 +1,114 @@
+"""A finished merge as a folder: the model, or the adapter, that all tasks share, heads, a card."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from mats_lightning.card import MergeCard
+from mats_lightning.checkpoints import adapter_config, adapter_key, is_adapter
+from mats_lightning.export import backbone_prefix, export_adapter, export_huggingface
+from mats_lightning.joint import JointMerge
+from mats_lightning.names import plain_name
+from mats_lightning.sidecar import versions
+from mats_lightning.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def export_merge(
+    joint: JointMerge,
+    model: pl.LightningModule,
+    scores: Mapping[str, float],
+    folder: str | os.PathLike[str],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    overwrite: bool,
+) -> Path:
+    """See `MergeModule.export`; `model` is the first task's, with the merged weights."""
+    if all(is_adapter(task.checkpoint) for task in joint.tasks.values()):
+        return _export_adapter(joint, scores, folder, overwrite)
+    prefix = {name: backbone_prefix(name, task.module) for name, task in joint.tasks.items()}
+    first = next(iter(joint.tasks.values()))
+    inside = [name for name in joint.shared if name.startswith(prefix[first.name])]
+    own = [n for n in first.weights if n.startswith(prefix[first.name])]
+    if len(set(prefix.values())) > 1 or len(own) != len(inside):
+        raise ValueError(
+            "export writes one model that all tasks share, and here parameters inside of"
+            f" '{prefix[first.name].rstrip('.')}' belong to single tasks; use model(task) instead"
+        )
+    merged: Any = model.get_submodule(prefix[first.name].rstrip("."))
+    heads = {}
+    for name in joint.tasks:
+        state = joint.state_of(name)
+        heads[name] = {k: v for k, v in state.items() if not k.startswith(prefix[first.name])}
+    if tokenizer is None:
+        for owner in (first.module, first.data):
+            tokenizer = tokenizer or getattr(owner, "tokenizer", None)
+    card = _card(joint, scores, merged.config.name_or_path)
+    return export_huggingface(folder, merged, tokenizer, heads, card, overwrite)
+
+
+def _export_adapter(
+    joint: JointMerge,
+    scores: Mapping[str, float],
+    folder: str | os.PathLike[str],
+    overwrite: bool,
+) -> Path:
+    """The merged adapter; each task's head, in it (`modules_to_save`) or outside, is apart."""
+    first = next(iter(joint.tasks.values()))
+    path = Path(first.checkpoint)
+    lora = joint.adapter_of(first.name)
+    if lora is None:
+        config: Mapping[str, Any] = adapter_config(path if path.is_dir() else path.parent)
+    else:
+        config = lora.config
+    state = joint.state_of(first.name)
+    weights = {adapter_key(n.removeprefix(first.prefix)): state[n] for n in joint.shared}
+    heads = {name: _head(task) for name, task in joint.tasks.items()}
+    card = _card(joint, scores, config.get("base_model_name_or_path"))
+    return export_adapter(
+        folder,
+        # with a task's type peft would expect the head in the file, too
+        {**config, "modules_to_save": None, "task_type": None},
+        weights,
+        {name: head for name, head in heads.items() if head},
+        card,
+        overwrite,
+    )
+
+
+def _head(task: Task) -> dict[str, Tensor]:
+    """What belongs to the task alone: in its adapter, and outside of the model below it."""
+    own = {name: tensor for name, tensor in task.weights.items() if task.owns(name)}
+    for key, tensor in task.module.state_dict().items():
+        if (name := plain_name(key)) not in own and not name.startswith(task.prefix):
+            own[name] = tensor
+    return own
+
+
+def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None) -> MergeCard:
+    options = dict(joint.options)
+    if joint.lora_rank is not None:
+        options["lora_rank"] = joint.lora_rank
+    if joint.in_use:
+        options["iterations"] = joint.in_use
+    return MergeCard(
+        method=joint.method,
+        options=options,
+        tasks=[
+            {
+                "name": name,
+                "checkpoint": Path(task.checkpoint).name,
+                "metric": task.metric,
+                "examples": joint.examples.get(name),
+            }
+            for name, task in joint.tasks.items()
+        ],
+        base_model=base_model or None,
+        versions=versions(),
+        scores=scores or None,
+    )

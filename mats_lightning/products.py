@@ -1,0 +1,74 @@
+"""LoRA tasks merged as products: adapters in, what merge functions take; factors out again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mats_lightning.checkpoints import adapter_config, is_adapter
+from mats_lightning.lora import A, B, Lora, lora_products
+from mats_lightning.low_rank import refactor
+from mats_lightning.merging import MergeResult
+from mats_lightning.statistics import Statistics
+from mats_lightning.tasks import Part, Task
+
+
+def lora_of(task: Task) -> Lora | None:
+    """The LoRA adapter that is the task's checkpoint; None where it is something else."""
+    if not is_adapter(task.checkpoint):
+        return None
+    path = Path(task.checkpoint)
+    config = adapter_config(path if path.is_dir() else path.parent)
+    return Lora(config, task.weights, task.prefix) if config["peft_type"] == "LORA" else None
+
+
+def factors_of(task: Task) -> Lora:
+    """The task's LoRA adapter without its head.
+
+    Raises ValueError for a checkpoint that is none, and for weights in it that are neither factors
+    nor the task's head.
+    """
+    lora = lora_of(task)
+    if lora is None:
+        raise ValueError(
+            f"task '{task.name}': lora_rank merges the products of LoRA factors, and"
+            f" {task.checkpoint} is no LoRA adapter: expected the folder that peft saved, or no"
+            " lora_rank"
+        )
+    shared = {name: lora.weights[name] for name in lora.weights if not task.owns(name)}
+    if odd := [name for name in shared if not name.endswith((A, B))]:
+        raise ValueError(
+            f"task '{task.name}': lora_rank merges the products of LoRA factors, and '{odd[0]}' is"
+            " none: name it in Task(head=...) if it is the task's own"
+        )
+    return replace(lora, weights=shared)
+
+
+def product_models(adapters: Sequence[Lora], device: torch.device) -> list[Part]:
+    """The products as models on the device; see `lora_products`."""
+    return [Part(products, list(products), device) for products in lora_products(adapters)]
+
+
+def product_start(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What all products started from: 0, which takes no memory."""
+    return {name: tensor.new_zeros(1).expand(tensor.shape) for name, tensor in model.items()}
+
+
+def refactored(
+    result: MergeResult,
+    rank: int,
+    adapters: Sequence[Lora],
+    statistics: Sequence[Statistics],
+    weights: Sequence[float],
+) -> tuple[MergeResult, Lora, dict[str, float]]:
+    """The result with factors of this rank for products, their adapter, and what is lost a layer.
+
+    The SVD is weighted with the statistics that the method took, see `refactor`.
+    """
+    state = result.state_dict
+    adapter, lost = refactor(
+        state, rank, adapters[0], statistics, weights=weights if statistics else None
+    )
+    return replace(result, state_dict=dict(adapter.weights)), adapter, lost

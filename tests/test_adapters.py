@@ -1,0 +1,250 @@
+"""Adapters in a MergeModule: merged as products, of unlike form, exported, and (IA)^3."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_lora import HEAD, IDS, Classifier, adapted, base, batch, ia3, loss, saved, tasks
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mats_lightning import MergeModule, Task, collect_statistics, merging
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.lora import load_lora, lora_products
+from mats_lightning.low_rank import refactor
+from mats_lightning.sidecar import save_statistics, sidecar_path
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+ROWS: Any = DataLoader([0])  # type: ignore[arg-type]
+
+
+def unloaded(*models: Any) -> list[dict[str, Tensor]]:
+    """Whole models, the adapters added to their weights by peft."""
+    return [model.merge_and_unload().state_dict() for model in models]
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval().backbone(IDS).logits
+    return found
+
+
+# -- products ----------------------------------------------------------------------------------
+
+
+def test_the_average_of_products_is_that_of_whole_models(tmp_path: Path) -> None:
+    """Rank 4 holds the sum of two products of rank 2; each task has its own classifier."""
+    module = MergeModule(tasks(tmp_path), "average", {"lora_rank": 4})
+    states = unloaded(adapted("bert", 1), adapted("bert", 2))
+    for number, name in enumerate(module.tasks):
+        whole = base("bert")
+        mean = {n: (states[0][n] + states[1][n]) / 2 for n in states[0]}
+        mean |= {n: t for n, t in states[number].items() if n.startswith("classifier")}
+        whole.load_state_dict(mean)
+        found = logits(module.model(name))
+        torch.testing.assert_close(found, whole(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert set(module._joint.lost.values()) and max(module._joint.lost.values()) < 1e-6
+
+
+def test_products_are_merged_and_refactored_with_the_statistics(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    options: dict[str, Any] = {"iterations": [2, 5], "lora_rank": 3, "weights": {"bert1": 2.0}}
+    options["weights"]["bert2"] = 0.5
+    module = MergeModule(pair, "mats", options)
+    adapters = [load_lora(task.checkpoint, "backbone.") for task in pair]
+    statistics = [task.load_statistics() for task in pair]
+    merged: Any = merging.mats(
+        lora_products(adapters), statistics, iterations=[2, 5], weights=[2.0, 0.5]
+    )
+    for count in (2, 5):
+        module.use(count)
+        expected, lost = refactor(
+            merged[count].state_dict, 3, adapters[0], statistics, weights=[2.0, 0.5]
+        )
+        state = module.model("bert1").state_dict()
+        for name in expected.weights:
+            if ".lora_" in name:
+                assert torch.equal(state[name], expected.weights[name]), name
+        assert module._joint.lost == lost and max(lost.values()) > 1e-3
+    assert all(name.endswith("base_layer.weight") for name in module.blocks)
+
+
+def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:
+    """Other merges of the same tasks find their modules as they need them."""
+    pair = tasks(tmp_path)
+    products = MergeModule(pair, "task_arithmetic", {"scale": 0.5, "lora_rank": 4})
+    before = logits(MergeModule(pair, "average").model("bert2"))
+    alone = MergeModule(pair, "individual")
+    alone.merge()
+    own = logits(pair[1].module)
+    for _ in range(2):
+        products.use(0)
+        there = logits(pair[1].module)  # the same weights, with the sum of both products halved
+        torch.testing.assert_close(there, logits(products.model("bert2")))
+        alone.use(0)
+        assert torch.equal(logits(pair[1].module), own)
+        assert not torch.allclose(there, own, atol=1e-3)
+    assert torch.equal(logits(MergeModule(pair, "average").model("bert2")), before)
+    model: Any = products.model("bert1")
+    model.backbone.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(base("bert"), tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, logits(model))
+
+
+def unlike(folder: Path, **options: Any) -> list[Task]:
+    """Two adapters, the second of another form."""
+    found = []
+    for seed, changes in ((1, {}), (2, options)):
+        (path,) = saved(folder, "bert", seed, **changes)
+        module = Classifier()
+        module.backbone = adapted("bert", 9, **changes)
+        found.append(Task(path.name, module, path, ROWS, head=HEAD, prefix="backbone."))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 3}, "lora_alpha=6 and 3"),
+        ({"use_rslora": True}, "use_rslora=None and True"),
+        ({"r": 3}, "r=2 and 3"),
+        ({"alpha_pattern": {"query": 1}}, "alpha_pattern=None and {'query': 1}"),
+    ],
+)
+def test_factors_of_another_scaling_are_not_merged(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    pair = unlike(tmp_path, **options)
+    expected = rf"adapters of tasks 'bert1' and 'bert2' have {message}: .*give lora_rank"
+    with pytest.raises(ValueError, match=expected):
+        MergeModule(pair, "average").merge(progress=False)
+    MergeModule(pair, "individual").merge()  # which merges nothing
+    module = MergeModule(pair, "average", {"lora_rank": 5})
+    states = unloaded(adapted("bert", 1), adapted("bert", 2, **options))
+    whole = base("bert")
+    mean = {n: (states[0][n] + states[1][n]) / 2 for n in states[0]}
+    mean |= {n: t for n, t in states[1].items() if n.startswith("classifier")}
+    whole.load_state_dict(mean)
+    found = logits(module.model("bert2"))
+    torch.testing.assert_close(found, whole(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_products_is_refused(tmp_path: Path) -> None:
+    (task, _) = pair = unlike(tmp_path)
+    task.head = ()
+    with pytest.raises(ValueError, match=r"'bert1': .*classifier\..* is none: name it in Task\(h"):
+        MergeModule([task], "average", {"lora_rank": 2}).merge(progress=False)
+    with pytest.raises(ValueError, match="individual has no option 'lora_rank'; it has none"):
+        MergeModule(pair, "individual", {"lora_rank": 2})
+    with pytest.raises(ValueError, match="lora_rank=0: an adapter has 1 at least"):
+        MergeModule(pair, "average", {"lora_rank": 0})
+    task.checkpoint, task.prefix = tmp_path / "whole.ckpt", ""
+    torch.save({"state_dict": task.module.state_dict()}, task.checkpoint)
+    task.__dict__.pop("weights", None)
+    with pytest.raises(ValueError, match=r"'bert1': .*whole\.ckpt is no LoRA adapter: expected"):
+        MergeModule([task], "average", {"lora_rank": 2}).merge(progress=False)
+
+
+# -- export ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 3}], ids=["factors", "products"])
+def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any]) -> None:
+    module = MergeModule(tasks(tmp_path), "mats", {"iterations": 3, **options})
+    module.scores = {"bert1": 0.5, "bert2": 0.25}
+    folder = module.export(tmp_path / "merged")
+    for name in module.tasks:
+        model = PeftModel.from_pretrained(base("bert"), folder).eval()
+        head = load_file(folder / "heads" / f"{name}.safetensors")
+        inside = {n.removeprefix(f"{HEAD[0]}.modules_to_save.default."): t for n, t in head.items()}
+        model.get_submodule("base_model.model.classifier").load_state_dict(inside)
+        assert torch.equal(model(IDS).logits, logits(module.model(name)))
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    assert card.data.to_dict()["library_name"] == "peft"
+    assert "| bert2 | bert2 | 6 | accuracy | 0.250 |" in card.content
+    assert ("lora_rank: 3" in card.content) == bool(options)
+    assert "PeftModel.from_pretrained(model, folder)" in card.content
+    assert {file.stat().st_mode & 0o777 for file in folder.rglob("*.*")} == {
+        (folder / "README.md").stat().st_mode & 0o777
+    }
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        module.export(folder)
+    assert module.export(folder, overwrite=True) == folder
+
+
+# -- (IA)^3 ------------------------------------------------------------------------------------
+
+
+class Vectors(pl.LightningModule):
+    """A model whose (IA)^3 vectors are not where they start; the classifier is frozen."""
+
+    def __init__(self, seed: int = 9) -> None:
+        super().__init__()
+        self.backbone: Any = ia3()
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad = "ia3_l" in name
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        self.eval()
+
+
+def vector_tasks(folder: Path) -> list[Task]:
+    found = []
+    for seed in (1, 2, 3):
+        module, path = Vectors(seed).double(), folder / f"ia3 {seed}"
+        module.backbone.save_pretrained(path)
+        statistics = collect_statistics(module, [batch("bert")], loss_fn=loss, progress=False)
+        save_statistics(statistics, sidecar_path(path))
+        evaluated = Vectors().double()
+        found.append(Task(path.name, evaluated, path, ROWS, head=HEAD, prefix="backbone."))
+    return found
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+def test_vectors_solve_their_block_fishers_equation(
+    tmp_path: Path, preconditioner: str | None
+) -> None:
+    """sum C_i l = sum C_i l_i, solved densely; with the preconditioner in one iteration."""
+    triple = vector_tasks(tmp_path)
+    options: dict[str, Any] = {
+        "objective": ["block_fisher"],
+        "damping": 1e-2,
+        "normalize": False,
+        "preconditioner": preconditioner,
+        "preconditioner_damping": 0.0,
+        "iterations": 1 if preconditioner else 500,
+        "tolerance": 1e-12,
+    }
+    module = MergeModule(triple, "mats", options)
+    found = module.model("ia3 1").state_dict()
+    names = [name for name in load_weights(triple[0].checkpoint, "backbone.") if "ia3_l" in name]
+    assert len(names) == 3 and set(module.blocks) == set(names)
+    for name in names:
+        total: Any = 0.0
+        b: Any = 0.0
+        for task in triple:
+            c = task.load_statistics().block_fisher[name].double()
+            c = c + 1e-2 * c.diagonal().mean() * torch.eye(len(c))
+            vector = load_weights(task.checkpoint, "backbone.")[name].flatten()
+            total, b = total + c, b + c @ vector
+        expected = torch.linalg.solve(total, b)
+        torch.testing.assert_close(found[name].flatten(), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_regmean_of_vectors_says_what_there_is(tmp_path: Path) -> None:
+    message = r"'.*ia3_l\.default' \.\.\.\) has the statistic gram; they have diagonal_fisher and"
+    with pytest.raises(ValueError, match=message + r" block_fisher: choose a method for these"):
+        MergeModule(vector_tasks(tmp_path), "regmean").merge(progress=False)
+
+
+def test_lora_rank_of_vectors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'ia3 1': .*is no LoRA adapter"):
+        MergeModule(vector_tasks(tmp_path), "average", {"lora_rank": 2}).merge(progress=False)

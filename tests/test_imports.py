@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"statistics"},
     "capture": {"batches", "broadcast", "statistics", "verification"},
     "sampled": {"batches", "capture"},
+    "distillation": {"sampled"},
     "huggingface": set(),
     "sidecar": {"batches", "statistics"},
     "ranks": {"statistics"},

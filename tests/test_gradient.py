@@ -29,8 +29,12 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def collected(model: nn.Module, batches: list[Batch], **options: Any) -> Statistics:
-    options = {"statistics": ("kfac", "block_fisher", "gradient"), "loss_fn": mean_loss} | options
-    return collect_statistics(model, batches, progress=False, **options)
+    defaults: dict[str, Any] = {
+        "statistics": ("kfac", "block_fisher", "gradient"),
+        "loss_fn": mean_loss,
+        "progress": False,
+    }
+    return collect_statistics(model, batches, **(defaults | options))
 
 
 def brute_force(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
@@ -160,6 +164,8 @@ def test_a_model_that_predicts_as_its_teacher_has_no_gradient() -> None:
 
 def test_positions_that_are_masked_do_not_count() -> None:
     class Positions(nn.Module):
+        layer: nn.Linear
+
         def __init__(self, scale: float) -> None:
             super().__init__()
             self.layer = nn.Linear(2, 3).double()

@@ -143,9 +143,9 @@ class Coverage:
     def bytes(self) -> int:
         """Upper bound of the memory that one set of sums takes.
 
-        diagonal Fisher, gradient: numel; A: d_in^2 + d_in for each module (fewer when modules share an
-        input, which is known after the first batch), twice d_in^2 for K-FAC with reduce, a
-        number a row for an embedding; G: d_out^2; A and G once for each group of a convolution,
+        diagonal Fisher, gradient: numel; A: d_in^2 + d_in for each module (fewer when modules
+        share an input, which is known after the first batch), twice d_in^2 for K-FAC with reduce,
+        a number a row for an embedding; G: d_out^2; A and G once for each group of a convolution,
         or each block of a factor that is cut into blocks; block Fisher: d^2; times the size of a
         float32 (float64 for float64 parameters).
         """

@@ -19,6 +19,8 @@ from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
 
+LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
+
 
 @dataclass
 class Task:
@@ -128,13 +130,21 @@ class Task:
         return any(_begins(parameter, prefix) for prefix in self.head)
 
     def dataloader(self, stage: str, trainer: pl.Trainer | None) -> Any:
-        """The loader of "test" or "validate". Raises ValueError where there are several."""
+        """The loader of "fit", "test" or "validate".
+
+        Raises ValueError where there are several, or none to fit with: `data` is a DataLoader.
+        """
         if not isinstance(self.data, pl.LightningDataModule):
+            if stage == "fit":
+                raise ValueError(
+                    f"task '{self.name}' has a DataLoader for test and validation alone: give it a"
+                    " LightningDataModule that has training rows too, or pass loaders={name: ...}"
+                )
             return self.data
         self.data.trainer = trainer
         self.data.prepare_data()
         self.data.setup(stage)
-        loader = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        loader = getattr(self.data, LOADERS[stage])()
         if isinstance(loader, list | tuple | dict):
             loaders = list(loader.values() if isinstance(loader, dict) else loader)
             if len(loaders) != 1:

@@ -163,24 +163,18 @@ def test_a_model_that_predicts_as_its_teacher_has_no_gradient() -> None:
 
 
 def test_positions_that_are_masked_do_not_count() -> None:
-    class Positions(nn.Module):
-        layer: nn.Linear
-
-        def __init__(self, scale: float) -> None:
-            super().__init__()
-            self.layer = nn.Linear(2, 3).double()
-            nn.init.constant_(self.layer.weight, scale)
-
-        def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-            return self.layer(batch["x"]), batch["mask"]
+    def made(scale: float) -> nn.Module:
+        layer = nn.Linear(2, 3).double()
+        nn.init.constant_(layer.weight, scale)
+        return layer
 
     x = torch.randn(3, 4, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    model, teacher = Positions(0.1), Positions(0.7)
-    loss = soft_targets(teacher, lambda model, batch: model.logits(batch))
+    model, teacher = made(0.1), made(0.7)
+    loss = soft_targets(teacher, lambda model, batch: (model(batch["x"]), batch["mask"]))
     before = loss(model, {"x": x, "mask": mask})
     assert torch.equal(loss(model, {"x": x + ~mask[..., None] * 9.0, "mask": mask}), before)
-    p, q = (m.layer(x[mask]).softmax(-1) for m in (teacher, model))
+    p, q = (layer(x[mask]).softmax(-1) for layer in (teacher, model))
     torch.testing.assert_close(before, -(p * q.log()).sum() / 3)
 
 

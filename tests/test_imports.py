@@ -51,10 +51,40 @@ ALLOWED: dict[str, set[str]] = {
     "report": set(),
     "joint": {"merging", "statistics", "tasks"},
     "module": {"checkpoints", "export", "joint", "merging", "names", "sidecar", "tasks"},
-    "__init__": {"callback", "collect", "merging", "module", "sidecar", "statistics", "tasks"},
+    "measuring": {
+        "checkpoints",
+        "collect",
+        "merging",
+        "names",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
+    "rounds": {"checkpoints", "measuring", "sidecar"},
+    "refresh": {
+        "distillation",
+        "measuring",
+        "merging",
+        "module",
+        "rounds",
+        "sampled",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
+    "__init__": {
+        "callback",
+        "collect",
+        "merging",
+        "module",
+        "refresh",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
     "__main__": set(),
 }
-KNOW_LIGHTNING = {"callback", "collect", "module", "saving", "tasks", "training"}
+KNOW_LIGHTNING = {"callback", "collect", "module", "refresh", "saving", "tasks", "training"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 NO_NAMES = {"utils", "util", "base", "helpers", "helper", "common", "misc", "managers", "factories"}
 

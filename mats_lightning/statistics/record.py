@@ -177,6 +177,24 @@ class Statistics:
         examples = self.examples + other.examples
         return Statistics(tensors, examples, positions, inputs, _joined(self.info, other.info))
 
+    def faded(self, factor: float) -> "Statistics":
+        """The same means of fewer examples, for a sum in which they shall count for less.
+
+        Examples and positions are multiplied by `factor` and rounded; none are left of very few.
+        """
+        examples = round(self.examples * factor)
+        if not examples:
+            return Statistics()
+        positions = {group: round(n * factor) for group, n in self.group_positions.items()}
+        tensors = {}
+        for key in self.tensors:
+            kind, _, name = key.partition("/")
+            share = examples / self.examples
+            if kind in OF_INPUTS and kind != REDUCED:
+                share = positions[name] / (self.group_positions[name] or 1)
+            tensors[key] = self.tensors[key] * share
+        return Statistics(tensors, examples, positions, dict(self.inputs), dict(self.info))
+
 
 def _has_inputs(statistics: Statistics, group: str) -> bool:
     return any(f"{kind}/{group}" in statistics.tensors for kind in OF_INPUTS)

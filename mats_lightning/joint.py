@@ -67,9 +67,10 @@ class JointMerge:
         self.options = dict(options)
         self.in_use = 0  # the iteration count whose state is given out
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
+        self.refreshed: dict[str, Any] = {}  # how the shared parameters were changed since
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
-        self._weights = self._task_weights()
+        self.weights = self._task_weights()
         self.lora_rank: int | None = None  # that merged products get as factors
         if method in METHODS:
             self.lora_rank = self.options.pop("lora_rank", None)
@@ -116,6 +117,19 @@ class JointMerge:
         if only:
             for part, states in self._merged.items():
                 self._merged[part] = {iterations: states[iterations]}
+
+    def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
+        """Other values of the shared parameters, in the state in use; the other states go.
+
+        Raises ValueError for a method that merges nothing, and for other names or shapes.
+        """
+        assert self._merged is not None
+        if self.method in REFERENCES:
+            raise ValueError(f"'{self.method}' merges nothing: there is no merged state to replace")
+        current = self._merged[SHARED][self.in_use].state_dict
+        check_models([current, result.state_dict])
+        self._merged[SHARED] = {self.in_use: result}
+        self.refreshed = dict(how)
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
@@ -187,7 +201,7 @@ class JointMerge:
     ) -> dict[int, MergeResult]:
         function = METHODS[self.method]
         options = dict(self.options)
-        options["weights"] = [self._weights[name] for name in members]
+        options["weights"] = [self.weights[name] for name in members]
         thetas = []
         for member in members:
             task = self.tasks[member]

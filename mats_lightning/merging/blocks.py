@@ -176,6 +176,23 @@ def task_operators(
 
     Raises ValueError where the tasks' factors are cut into blocks in different ways.
     """
+    operators = task_curvatures(
+        name, kind, statistics, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
+    )
+    return balance(operators, weights, damping, normalize)[0]
+
+
+def task_curvatures(
+    name: str,
+    kind: str,
+    statistics: Sequence[Statistics],
+    like: Tensor,
+    *,
+    off_diagonal: float = 1.0,
+    floor: float = 0.0,
+    with_bias: bool = False,
+) -> list[Operator]:
+    """C_i of every task, as it is. Raises as `task_operators` does."""
     forms = [matrix_form(name, kind, task, like.shape) for task in statistics]
     for i, form in enumerate(forms):
         if form != forms[0]:
@@ -183,26 +200,36 @@ def task_operators(
                 f"the {kind} of '{name}' is cut into other blocks in model {i} than in model 0"
                 f" ({form} and {forms[0]}): take all statistics with the same max_factor_size"
             )
-    operators: list[Operator] = [
+    return [
         operator(
             name, kind, task, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
         )
         for task in statistics
     ]
+
+
+def balance(
+    operators: list[Operator], weights: Sequence[float], damping: float, normalize: bool
+) -> tuple[list[Operator], list[float]]:
+    """The C_i in the form of `task_operators`, and the s_i that each was multiplied by.
+
+    The operators are replaced in place. All s_i are 0 where all C_i are zero, and with `normalize`
+    that of a task whose C_i is zero.
+    """
     means = [c.mean_eigenvalue() for c in operators]
     scales = [
-        weight / mean if normalize and mean > 0 else weight
+        weight if not normalize else weight / mean if mean > 0 else 0.0
         for weight, mean in zip(weights, means, strict=True)
     ]
     total = (1 + damping) * sum(s * m for s, m in zip(scales, means, strict=True))
     if total <= 0:
-        return [Identity(weight / sum(weights)) for weight in weights]
+        return [Identity(weight / sum(weights)) for weight in weights], [0.0] * len(weights)
     for i, mean in enumerate(means):  # in place: no second copy of all tasks' factors at once
         scale = scales[i] / total
         c = operators[i] = operators[i].scaled(scale)
         if damping and mean > 0:
             operators[i] = Damped(c, damping * scale * mean)
-    return operators
+    return operators, [scale / total for scale in scales]
 
 
 def uncovered_value(

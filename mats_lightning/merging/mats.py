@@ -176,7 +176,7 @@ def mats(
     check_range("radius", radius)
     check_range("floor", floor)
     kind_of, folded = check_statistics(
-        thetas, statistics, _kinds(objective), uncovered, pretrained, fold_bias, averaged
+        thetas, statistics, objective_kinds(objective), uncovered, pretrained, fold_bias, averaged
     )
     start = _start(init, pretrained, thetas)
     done_with_weight = set(folded.values())
@@ -282,7 +282,8 @@ def _spread(tensors: Sequence[Tensor], x0: Tensor) -> float:
     return math.sqrt(mean(float((t - x0).square().sum()) for t in tensors))
 
 
-def _kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
+def objective_kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
+    """The statistics of an objective. Raises ValueError for names that do not exist."""
     known = sorted({kind for kinds in OBJECTIVES.values() for kind in kinds})
     if isinstance(objective, str):
         if objective not in OBJECTIVES:

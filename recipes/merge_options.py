@@ -15,7 +15,14 @@ from jsonargparse import ArgumentParser
 from labelled_data import HubDataset
 from modalities import MODALITIES, Modality
 
-__all__ = ["MethodOptions", "Options", "TaskOptions", "options_of", "parse_options"]
+__all__ = [
+    "MethodOptions",
+    "Options",
+    "TaskOptions",
+    "check_methods",
+    "options_of",
+    "parse_options",
+]
 
 DEFAULT = Path(__file__).with_name("merge.yaml")
 FAST = DEFAULT.with_name("merge_fast.yaml")
@@ -168,7 +175,17 @@ def options_of(settings: Mapping[str, Any]) -> Options:
         parser.error(str(error))
 
 
+def check_methods(methods: Any) -> None:
+    """Raises ValueError for a misspelt field of a method, which jsonargparse passes over."""
+    known = [option.name for option in fields(MethodOptions)]
+    for label, method in methods.items() if isinstance(methods, dict) else ():
+        if isinstance(method, dict) and (odd := [name for name in method if name not in known]):
+            raise ValueError(f"methods: {label!r} has {odd[0]!r}; expected {', '.join(known)}")
+
+
 def built(parser: ArgumentParser, settings: Mapping[str, Any], rest: Sequence[str]) -> Options:
+    """The options, checked. Raises ValueError, and SystemExit where the parser finds fault."""
+    check_methods(settings.get("methods"))
     parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
     made = parser.instantiate(parsed)
     return Options(**{option.name: made[option.name] for option in fields(Options)})
@@ -181,7 +198,8 @@ def parse_options(
 ) -> Options:
     """The options of merge.yaml, under those of each `--config`, of `--fast`, and of `args`.
 
-    `--fast` also appends "-fast" to the `output_dir` of the configurations.
+    `--fast` also appends "-fast" to the `output_dir` of the configurations; `--again` stands for
+    `again: true`.
 
     What one of them says of `tasks` or `methods` replaces all that was said before: jsonargparse
     would mix a method's grid with that of an earlier method of the same label. So the settings
@@ -196,6 +214,7 @@ def parse_options(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--fast", action="store_true")
+    first.add_argument("--again", action="store_true")
     first.add_argument("--tasks")
     first.add_argument("--methods")
     known, rest = first.parse_known_args(args)
@@ -208,6 +227,8 @@ def parse_options(
             settings |= found
         if known.fast:
             settings["output_dir"] += "-fast"
+        if known.again:
+            settings["again"] = True
         for name in ("tasks", "methods"):
             if (given := getattr(known, name)) is not None:
                 settings[name] = yaml.safe_load(given)

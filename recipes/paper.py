@@ -47,7 +47,10 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     quiet_lightning()
     print(f"{name}: reading the tasks of {len(setting.seeds)} seeds")
     seeds = [Seed(setting, number) for number in setting.seeds]
-    all_tables = {seed: tables_of(setting, seed) for seed in seeds}
+    try:
+        all_tables = {seed: tables_of(setting, seed) for seed in seeds}
+    except ValueError as error:
+        arguments().error(str(error))
     if not asked.report_only:
         chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}
         measure(

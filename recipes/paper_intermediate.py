@@ -45,9 +45,14 @@ def _find(cells: Cells, merge: Merge, count: int, split: str) -> Cell | None:
 
 
 class TransferTable:
-    """The intermediate tasks of one seed: what is measured, and doing it."""
+    """The intermediate tasks of one seed: what is measured, and doing it.
+
+    Raises ValueError for a target or donor that is no task of the suite.
+    """
 
     def __init__(self, plan: Intermediate, seed: Seed) -> None:
+        if odd := [name for name in (*plan.targets, *plan.donors) if name not in seed.tasks]:
+            raise ValueError(f"intermediate: {odd[0]!r} is none of {', '.join(seed.tasks)}")
         options = replace(seed.options, train_rows=plan.few_rows, epochs=plan.few_epochs)
         self.seed, self.few = seed, Suite(options)
         self.groups = list(self._groups(plan))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from merge_options import MethodOptions
+from merge_options import MethodOptions, check_methods
 
 __all__ = [
     "FOLDER",
@@ -142,6 +142,9 @@ class Setting:
             raise ValueError(f"starts: {odd[0]!r} is none of {', '.join(self.methods)}")
         if self.ablations is not None:
             known = self.ablations.baselines
+            for label, baseline in known.items():
+                if baseline.grid or isinstance(baseline.options.get("iterations"), list):
+                    raise ValueError(f"ablations: the baseline {label!r} is one point, not a grid")
             if odd := sorted({c.baseline for c in self.ablations.changes} - {*known}):
                 raise ValueError(f"ablations: {odd[0]!r} is none of {', '.join(known)}")
 
@@ -176,10 +179,17 @@ def read_setting(name: str, fast: bool = False) -> tuple[str, Setting]:
     parser = ArgumentParser(prog=str(path), exit_on_error=False)
     parser.add_class_arguments(Setting)
     try:
+        for holder, name in ((found, "methods"), *_inner_methods(found)):
+            check_methods(holder.get(name))
         made = parser.instantiate(parser.parse_object(found))
     except Exception as error:  # jsonargparse raises what the values' types raise
         raise ValueError(f"{path}: {error}") from error
     return path.stem, Setting(**{part.name: made[part.name] for part in fields(Setting)})
+
+
+def _inner_methods(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    places = (("ablations", "baselines"), ("intermediate", "methods"))
+    return [(found[part], name) for part, name in places if isinstance(found.get(part), dict)]
 
 
 def _cut(value: Any) -> Any:

@@ -561,6 +561,7 @@ def test_a_later_configuration_replaces_tasks_and_methods_whole(tmp_path: Path) 
         (["--learning_rte", "1"], "unrecognized arguments: --learning_rte"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["--methods", "{A: {method: regmean, options: 3}}"], "Expected a <class 'dict'>"),
+        (["--methods", "{A: {method: regmean, grids: {}}}"], "methods: 'A' has 'grids'; expected"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(

@@ -58,6 +58,15 @@ ABLATIONS: dict[str, Any] = {
     ],
 }
 
+TRANSFER: dict[str, Any] = {
+    "targets": ["colour", "size"],
+    "donors": ["size", "kind"],
+    "few_rows": 16,
+    "few_epochs": 2,
+    "donor_weights": [0.2, 0.6],
+    "methods": {"average": {"method": "average"}, "RegMean": {"method": "regmean"}},
+}
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +185,8 @@ def test_a_killed_run_measures_only_what_is_missing(
     total = len(list(cells.iterdir()))
     shutil.rmtree(cells)
 
-    keep, kept = Cells.keep, []
+    keep = Cells.keep
+    kept: list[Any] = []
 
     def until_a_kill(self: Cells, key: Any, found: Any) -> None:
         if len(kept) == 9:
@@ -309,7 +319,8 @@ def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Pat
                 nn.functional.cross_entropy(module(batch), batch["labels"]).backward()
     flops = 3 * counter.get_total_flops()  # epochs
     assert found["fine-tuning"].flops == pytest.approx(flops)
-    assert found["multitask training"].flops == pytest.approx(flops)
+    # drawn from all tasks' batches, whose heads have two or three classes
+    assert found["multitask training"].flops == pytest.approx(flops, rel=1e-3)
     assert 1.1 * flops < found["fine-tuning with statistics"].flops < 2 * flops
     assert found["merge: average"].flops == 0 < found["merge: RegMean"].flops
     assert all(cell.seconds > 0 for cell in found.values())
@@ -319,15 +330,7 @@ def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Pat
 
 
 def test_intermediate_tasks(tmp_path: Path, bert: Path) -> None:
-    plan = {
-        "targets": ["colour", "size"],
-        "donors": ["size", "kind"],
-        "few_rows": 16,
-        "few_epochs": 2,
-        "donor_weights": [0.2, 0.6],
-        "methods": {"average": {"method": "average"}, "RegMean": {"method": "regmean"}},
-    }
-    found = run(setting(tmp_path, bert, intermediate=plan))
+    found = run(setting(tmp_path, bert, intermediate=TRANSFER))
     cases = list(dict.fromkeys(record.case for record in found))
     assert cases == [
         "target colour",
@@ -405,8 +408,9 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_prints_again(
     assert merged == [results["exported"]]  # which is merged again to be exported
     assert [o.row for o in again] == [o.row for o in first]
     assert [o.blocks for o in again] == [o.blocks for o in first]
-    assert f"| {results['exported']}" not in (tmp_path / "out/merged/README.md").read_text()
-    assert "accuracy" in (tmp_path / "out/merged/README.md").read_text()
+    chosen = next(o for o in first if o.label == results["exported"])
+    card = (tmp_path / "out/merged/README.md").read_text()
+    assert all(f"{score:.3f}" in card for score in chosen.scores.values())
 
     cells = sorted((tmp_path / "out/cells").iterdir())
     gone = [p for p in cells if json.loads(p.read_text())["key"]["method"] == "regmean"]
@@ -417,7 +421,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_prints_again(
     assert set(merged) == {"RegMean", results["exported"]}
 
     merged.clear()
-    merge.main([*arguments, "--again", "true", "--methods", "{average: {method: average}}"])
+    merge.main([*arguments, "--again", "--methods", "{average: {method: average}}"])
     assert merged == ["individual", "average"]
     assert len(list((tmp_path / "out/cells").iterdir())) == 3
     merged.clear()
@@ -441,7 +445,16 @@ def test_the_settings_can_be_read(name: str, fast: bool) -> None:
     ("changes", "arguments", "message"),
     [
         ({"seeds": []}, [], "one or more different ones"),
-        ({"methods": {"A": {"method": "average", "grids": {}}}}, [], "grids"),
+        (
+            {"methods": {"A": {"method": "average", "grids": {}}}},
+            [],
+            "'A' has 'grids'; expected method",
+        ),
+        (
+            {"ablations": {**ABLATIONS, "baselines": {"kfac": GRID["RegMean"]}}},
+            [],
+            "the baseline 'kfac' is one point",
+        ),
         ({"starts": STARTS}, [], "starts: 'average' is none of"),
         (
             {"ablations": {**ABLATIONS, "baselines": {}}},
@@ -451,6 +464,7 @@ def test_the_settings_can_be_read(name: str, fast: bool) -> None:
         ({"methods": METHODS}, ["--tables", "starts"], "the setting has no starts, it has methods"),
         ({"methods": METHODS}, ["--seeds", "3"], "the setting has no 3, it has 0"),
         ({"surprise": 1}, [], "surprise"),
+        ({"intermediate": TRANSFER | {"donors": ["smell"]}}, [], "'smell' is none of colour, size"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

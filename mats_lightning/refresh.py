@@ -47,9 +47,9 @@ class RefreshPlan:
     Arguments:
         rounds: at most; a round that cannot be kept is the last one.
         rows: of each task, the same in every round.
-        mix, step, iterations, damping, preconditioner_damping, normalize, objective, kept: of
-            `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping (0.01, say):
-            the gradient of few rows has noise where they have no curvature.
+        mix, step, iterations, damping, preconditioner_damping, radius, normalize, objective,
+            kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
+            (0.01, say): the gradient of few rows has noise where they have no curvature.
         fisher: of the curvature: "empirical" or "sampled".
         labels: of the gradient, and of the empirical Fisher: those of the "data", or what the
             task's own model predicts ("teacher"; see `distillation.soft_targets`).
@@ -69,6 +69,7 @@ class RefreshPlan:
     iterations: int = 5
     damping: float = 0.0
     preconditioner_damping: float = 1e-3
+    radius: float | None = 10.0
     normalize: bool = True
     objective: str = "kfac"
     kept: tuple[str, ...] = ()
@@ -229,6 +230,7 @@ class _Refresh:
             iterations=plan.iterations,
             damping=plan.damping,
             preconditioner_damping=plan.preconditioner_damping,
+            radius=plan.radius,
             normalize=plan.normalize,
             kept=plan.kept,
             weights=list(self.module.task_weights.values()),

@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compare import Comparison, Outcome, evaluate
+from bench import Bench, Steps, evaluate
+from cells import Cells, about_tasks
+from compare import Comparison, Outcome
 from jsonargparse import ArgumentParser
 from merge import finetuned_tasks, peak_memory, quiet_lightning, starts
 from merge_options import MethodOptions, Options, parse_options
@@ -80,11 +82,13 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     own, options = parse(args)
     quiet_lightning()
     tasks, _ = finetuned_tasks(options)
-    comparison = Comparison(tasks, *starts(tasks), options.accelerator)
-    method = chosen(options, own.method)
-    individual, merge = comparison.run({own.method: method})
-    assert comparison.best is not None
-    module = comparison.best[1]
+    cells = Cells(options.output_dir / "cells", about_tasks(tasks))
+    with Steps() as steps:
+        bench = Bench(tasks, *starts(tasks), options.accelerator, cells, steps)
+        comparison = Comparison(bench)
+        individual, merge = comparison.run({own.method: chosen(options, own.method)})
+        assert comparison.best is not None
+        module = comparison.best[1].module(merge.chosen.iterations)
     module.use(merge.chosen.iterations)
 
     plan = own.plan
@@ -93,12 +97,12 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         plan = replace(plan, kept=(averaged,) if isinstance(averaged, str) else tuple(averaged))
     folder = folder_of_rounds(options, plan, merge, tasks)
     rounds = refresh(
-        module, plan, trainer=comparison.trainer, folder=folder, logits_fn=logits, progress=True
+        module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=True
     )
     lines = [
         Line(individual.row, None),
         Line(merge.row, 0.0),
-        *tested(module, rounds[1:], folder, comparison),
+        *tested(module, rounds[1:], folder, bench),
     ]
     if own.rivals:
         spent = sum(done.seconds["statistics"] + done.seconds["solve"] for done in rounds[1:])
@@ -181,9 +185,7 @@ def folder_of_rounds(
     return folder_of(options.output_dir / "refresh", "rounds", settings)
 
 
-def tested(
-    module: MergeModule, rounds: Sequence[Round], folder: Path, comparison: Comparison
-) -> list[Line]:
+def tested(module: MergeModule, rounds: Sequence[Round], folder: Path, bench: Bench) -> list[Line]:
     """A line for each round that was taken, on the test rows; the last one's state stays."""
     lines, seconds = [], 0.0
     for done in rounds:
@@ -192,7 +194,7 @@ def tested(
             continue
         state = dict(load_weights(folder / f"round-{done.number}.safetensors"))
         module.replace_shared(MergeResult(state), {"rounds": done.number})
-        scores = evaluate(module, comparison.trainer.test)
+        scores = evaluate(module, bench.trainer.test)
         words = f"step {done.step:g}, {seconds:.0f} s, validation {done.average:.3f}"
         lines.append(Line(Row(f"refresh, round {done.number}", words, scores), seconds))
     return lines

@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from bench import evaluation_trainer
 from classifier import Classifier
-from compare import evaluation_trainer
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import RichProgressBar, Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler

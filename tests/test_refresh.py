@@ -371,9 +371,9 @@ def test_the_card_says_what_was_done(suite: Suite, monkeypatch: pytest.MonkeyPat
     class Inner(nn.Module):
         config = type("Config", (), {"name_or_path": "start"})
 
-    monkeypatch.setattr(module, "backbone_prefix", lambda *args: "body.")
+    monkeypatch.setattr(merge_folder, "backbone_prefix", lambda *args: "body.")
     monkeypatch.setattr(module.MergeModule, "model", lambda *args: nn.ModuleDict({"body": Inner()}))
-    monkeypatch.setattr(module, "export_huggingface", lambda *args: cards.append(args[4]))
+    monkeypatch.setattr(merge_folder, "export_huggingface", lambda *args: cards.append(args[4]))
     made.export("nowhere")
     assert cards[0].options["iterations"] == 3
     found = cards[0].options["refresh"]

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from statistics import mean
 from typing import TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -24,6 +23,7 @@ from mats_lightning.merging.models import (
     check_models,
     check_range,
     check_weights,
+    distance,
     parameters,
     weighted_mean,
 )
@@ -173,7 +173,7 @@ def mats(
     check_range("preconditioner_damping", preconditioner_damping)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
-    check_range("radius", 0.0 if radius is None else radius)
+    check_range("radius", radius or 0.0)
     check_range("floor", floor)
     kind_of, folded = check_statistics(
         thetas, statistics, objective_kinds(objective), uncovered, pretrained, fold_bias, averaged
@@ -270,16 +270,11 @@ def _solve(
             tolerance=tolerance,
             preconditioner=inverse,
             residual=residual,
-            radius=math.inf if radius is None else radius * _spread(tensors, x0),
+            radius=math.inf if radius is None else radius * distance(tensors, x0),
             keep=counts,
         )
     except ValueError as error:
         raise ValueError(f"MaTS of '{name}': {error}") from error
-
-
-def _spread(tensors: Sequence[Tensor], x0: Tensor) -> float:
-    """How far the tasks' parameters lie from the start: the root of the mean square."""
-    return math.sqrt(mean(float((t - x0).square().sum()) for t in tensors))
 
 
 def objective_kinds(objective: str | Sequence[str]) -> tuple[str, ...]:

@@ -96,6 +96,11 @@ def check_range(option: str, value: float, highest: float = math.inf) -> None:
         )
 
 
+def distance(tensors: Sequence[Tensor], x: Tensor) -> float:
+    """How far the tasks' tensors lie from x: the root of the mean square of |theta_i - x|."""
+    return math.sqrt(sum(float((t - x).square().sum()) for t in tensors) / len(tensors))
+
+
 def merge_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Computed in float32 at least, whatever the models are stored in."""
     return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

@@ -13,6 +13,7 @@ least. With mix = 1 it is a step of Newton's method on sum w_i loss_i with C_i f
 rests where the losses' gradients cancel.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import repeat
 
@@ -27,6 +28,7 @@ from mats_lightning.merging.models import (
     check_models,
     check_range,
     check_weights,
+    distance,
     merge_dtype,
     names_with,
     of_batch_norm,
@@ -52,6 +54,7 @@ def refresh_step(
     preconditioner_damping: float = 1e-3,
     off_diagonal: float = 1.0,
     damping: float = 0.0,
+    radius: float | None = 10.0,
     floor: float = 1e-8,
     normalize: bool = True,
     tolerance: float = 1e-6,
@@ -72,6 +75,8 @@ def refresh_step(
         step: what delta is multiplied by.
         damping: on the left side alone, times the mean eigenvalue of sum w_i C_i (of the
             parameter): it makes the step shorter where there is little curvature.
+        radius: as in `mats`, around theta_m; of no effect with mix = 1, where the tasks' own
+            weights are not known.
         normalize: w_i / (mean eigenvalue of C_i) in place of w_i, a block at a time, in front of
             the gradient too: a step of Newton's method on the losses with these weights. They
             differ between the blocks, so many rounds with mix > 0 do not come to rest at the
@@ -87,7 +92,8 @@ def refresh_step(
     check_range("mix", mix, highest=1)
     names, w = check_models([merged]), check_weights(weights, len(statistics))
     thetas = _checked_thetas(merged, statistics, thetas, mix)
-    for option, value in (("step", step), ("damping", damping), ("floor", floor)):
+    lengths = {"damping": damping, "floor": floor, "radius": radius or 0.0}
+    for option, value in {"step": step, **lengths}.items():
         check_range(option, value)
     check_range("preconditioner_damping", preconditioner_damping)
     check_range("off_diagonal", off_diagonal, highest=1)
@@ -132,12 +138,14 @@ def refresh_step(
                 b += (1 - mix) * _match(form, operators, thetas, theta_m, name)
             if mix > 0:
                 b -= mix * _slope(form, scales, statistics, theta_m, name)
+            away = [theta[name].detach().to(theta_m) for theta in thetas]
             delta, result.blocks[name] = _solve(
                 operators if any(scales) else [],
                 b,
                 kind_of[name],
                 preconditioner,
                 preconditioner_damping,
+                radius * distance(away, theta_m) if away and radius is not None else math.inf,
                 tolerance,
                 iterations,
             )
@@ -206,12 +214,13 @@ def _solve(
     kind: str,
     preconditioner: str | None,
     preconditioner_damping: float,
+    radius: float,
     tolerance: float,
     iterations: int,
 ) -> tuple[Tensor, Block]:
     """delta with sum C_i delta = b, from 0; 0 where there is no curvature in any task."""
     if not operators:
-        return torch.zeros_like(b), Block(kind, 0, [0.0], True)
+        return torch.zeros_like(b), Block(kind, 0, [0.0], True, False)
     inverse = None
     if preconditioner is not None:
         inverse = block_preconditioner(operators, preconditioner_damping, preconditioner)
@@ -222,8 +231,10 @@ def _solve(
         iterations=iterations,
         tolerance=tolerance,
         preconditioner=inverse,
+        radius=radius,
     )
-    block = Block(kind, solution.iterations, solution.residuals, solution.converged)
+    steps, residuals = solution.iterations, solution.residuals
+    block = Block(kind, steps, residuals, solution.converged, solution.at_edge)
     return solution.value, block
 
 

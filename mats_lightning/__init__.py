@@ -13,6 +13,7 @@ from mats_lightning import merging
 from mats_lightning.callback import MaTSStatsCallback
 from mats_lightning.collect import collect_statistics
 from mats_lightning.module import MergeModule
+from mats_lightning.refresh import RefreshPlan, refresh
 from mats_lightning.sidecar import load_statistics, save_statistics, sidecar_path
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Task
@@ -20,11 +21,13 @@ from mats_lightning.tasks import Task
 __all__ = [
     "MaTSStatsCallback",
     "MergeModule",
+    "RefreshPlan",
     "Statistics",
     "Task",
     "collect_statistics",
     "load_statistics",
     "merging",
+    "refresh",
     "save_statistics",
     "sidecar_path",
 ]

@@ -46,6 +46,7 @@ from mats_lightning.sampled import (
 from mats_lightning.saving import follow_checkpoints
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.training import (
     averaging_callback,
     first_epoch,
@@ -166,6 +167,11 @@ class MaTSStatsCallback(Callback):
         if loss_scale is not None and not callable(loss_scale):
             _checked(loss_scale)
         kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        if GRADIENT in kinds:
+            raise MisconfigurationException(
+                "the gradient is that of fixed weights, and here they train: take it afterwards,"
+                ' with collect_statistics(..., statistics=("kfac", "gradient"))'
+            )
         try:
             find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
             check_loss_reduction(loss_reduction)

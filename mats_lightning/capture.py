@@ -28,7 +28,7 @@ from mats_lightning.statistics.gradients import (
     ExampleGradients,
 )
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, Statistics
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT, Statistics
 from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
 
@@ -196,6 +196,11 @@ class Capture:
             self._sums.drop(batch.check.differing(batch.scale), KINDS, why)
         return True
 
+    def add_gradients(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        """Add `scale` times autograd's own gradients, by parameter, to the sums "gradient"."""
+        with torch.no_grad():
+            self._sums.add_gradients_of_loss(gradients, scale)
+
     # -- hooks -------------------------------------------------------------------------------
 
     def _forward_hook(self, covered: CoveredModule) -> Any:
@@ -299,7 +304,7 @@ class Capture:
             if batch.check is not None:
                 batch.check.skip(rows)
         kinds = {kind for row in rows for kind in self.coverage.rows[row].statistics}
-        if not kinds:
+        if not kinds - {GRADIENT}:
             return
         dtype = self.coverage.dtypes[rows[0]]
         g = use.g.to(dtype) * batch.scale

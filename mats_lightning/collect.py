@@ -34,6 +34,7 @@ from mats_lightning.sampled import (
 )
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.statistics.record import GRADIENT
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -67,6 +68,11 @@ def collect_statistics(
         model: a LightningModule, whose training_step gives the loss, or any torch module.
         batches: a DataLoader or any iterable of batches, of training rows; labelled ones, unless
             labels are sampled.
+        statistics: any of those of MaTSStatsCallback, and "gradient": the mean gradient of the
+            loss at these weights, of every parameter that trains. It is always that of the loss,
+            with fisher="sampled" too, where it takes a pass of its own: labels that the model
+            draws itself have a mean gradient of 0. For rows without labels give
+            loss_fn=soft_targets(teacher, logits_fn).
         fisher: "empirical", with the labels of the data, or "sampled", with labels drawn from the
             model's own prediction (see `mats_lightning.sampled`).
         loss_fn: (model, batch) -> the reduced loss. The default is a LightningModule's
@@ -82,13 +88,15 @@ def collect_statistics(
             examples.
         max_examples: stop after the batch in which this number of rows is reached.
         progress: show a progress bar.
-        statistics, mask_fn, batch_size_fn, max_factor_size, weight_sharing, adapted_weights: as in
+        mask_fn, batch_size_fn, max_factor_size, weight_sharing, adapted_weights: as in
             MaTSStatsCallback.
 
     Raises ValueError for choices that do not exist or do not go together, a loss or logits
     without gradient, a loss that is not finite, a batch that no covered layer sees, or no batches.
     """
-    if fisher == "sampled" and (loss_fn is not None or loss_reduction is not None):
+    kinds = [statistics] if isinstance(statistics, str) else list(statistics)
+    of_loss = GRADIENT in kinds or fisher != "sampled"  # whether the loss is computed at all
+    if not of_loss and (loss_fn is not None or loss_reduction is not None):
         raise ValueError(
             "fisher='sampled' has a loss of its own, that of the labels it draws: leave loss_fn"
             " and loss_reduction out, or take fisher='empirical'"
@@ -99,27 +107,30 @@ def collect_statistics(
     if fisher == "sampled" and not lightning:
         logits_fn = logits_fn or huggingface.logits_of
     sampling = choose_fisher(fisher, logits_fn, seed, draws)
-    kinds = [statistics] if isinstance(statistics, str) else list(statistics)
     coverage = find_coverage(model, kinds, max_factor_size, weight_sharing, adapted_weights)
     sums = Statistics({}, info={})
     capture = Capture(coverage, sums)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable or not coverage.modules:
         raise ValueError(
             f"no trainable parameter of {type(model).__name__} is in a layer that is covered:\n"
             f"{coverage.summary()}"
         )
-    if lightning and sampling is None and loss_fn is None:
+    if lightning and of_loss and loss_fn is None:
         check_loss_modules(model, loss_reduction or "mean")
-    device = trainable[0].device
+    device = next(iter(trainable.values())).device
     mask = mask_fn or default_masks(model)
-    reduction: LossReduction = "sum" if sampling else loss_reduction or "mean"
+    reduction: LossReduction = loss_reduction or "mean"
     generators = sampling.generators() if sampling else []
     rows = 0
     with _evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
             batch = _to_device(model, batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
+            if of_loss and index == 0 and loss_fn is None and not lightning:
+                reduction = _reduction(model, batch, loss_reduction)
+            scale = loss_divisor(reduction, batch, examples) if of_loss else 1.0
+            gradients: tuple[Tensor | None, ...] = ()
             if sampling is not None:
                 counted = capture_sampled(
                     capture,
@@ -130,15 +141,23 @@ def collect_statistics(
                     examples=examples,
                     masks=Masks.of(mask(batch)),
                 )
+                scale *= draws  # a row counts as so many examples
+                if GRADIENT in kinds:
+                    gradients = go_back(
+                        _loss(model, batch, index, loss_fn), list(trainable.values())
+                    )
             else:
-                if index == 0 and loss_fn is None and not lightning:
-                    reduction = _reduction(model, batch, loss_reduction)
-                scale = loss_divisor(reduction, batch, examples)
                 with capture.batch(examples, scale, Masks.of(mask(batch))):
                     loss = _loss(model, batch, index, loss_fn)
                     capture.start_backward()
-                    go_back(loss, capture.needed)
+                    needed = list(trainable.values()) if GRADIENT in kinds else capture.needed
+                    gradients = go_back(loss, needed)
                     counted = capture.finish()
+            if GRADIENT in kinds:
+                found = zip(trainable.items(), gradients, strict=True)
+                capture.add_gradients(
+                    {n: torch.zeros_like(p) if g is None else g for (n, p), g in found}, scale
+                )
             if not counted:
                 raise ValueError(
                     f"no gradient came to a covered layer of {type(model).__name__} in batch"
@@ -154,7 +173,7 @@ def collect_statistics(
         coverage,
         sums,
         weights,
-        loss_reduction=reduction,
+        loss_reduction="sum" if sampling else reduction,
         mask=mask,
         mode="eval",
         kinds=kinds,

@@ -1,6 +1,7 @@
 """JointMerge: tasks and a method in; the state dict of each task's merged model out."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from mats_lightning import merging
 from mats_lightning.lora import Lora
 from mats_lightning.merging import Block, MergeResult
 from mats_lightning.merging.blocks import covering_statistics
-from mats_lightning.merging.models import check_models, check_weights
+from mats_lightning.merging.models import check_models, check_weights, names_with
 from mats_lightning.products import (
     Refactored,
     factors_of,
@@ -67,6 +68,7 @@ class JointMerge:
         self.options = dict(options)
         self.in_use = 0  # the iteration count whose state is given out
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
+        self.refreshed: dict[str, Any] = {}  # how the shared parameters were changed since
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
         self.weights = self._task_weights()
@@ -116,6 +118,19 @@ class JointMerge:
         if only:
             for part, states in self._merged.items():
                 self._merged[part] = {iterations: states[iterations]}
+
+    def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
+        """Other values of the shared parameters, in the state in use; the other states go.
+
+        Raises ValueError for a method that merges nothing, and for other names or shapes.
+        """
+        assert self._merged is not None
+        if self.method in REFERENCES:
+            raise ValueError(f"'{self.method}' merges nothing: there is no merged state to replace")
+        current = self._merged[SHARED][self.in_use].state_dict
+        check_models([current, result.state_dict])
+        self._merged[SHARED] = {self.in_use: result}
+        self.refreshed = dict(how)
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
@@ -212,6 +227,8 @@ class JointMerge:
             options["pretrained"] = (
                 product_start(thetas[0]) if adapters else self._start_of(part, device)
             )
+        if "averaged" in options:
+            options["averaged"] = self._averaged(names)
         with ExitStack() as stack:
             if "on_block" in wanted and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {part}"))
@@ -243,6 +260,14 @@ class JointMerge:
             uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
             return {0: MergeResult(result, uncovered=uncovered)}
         return {0: MergeResult(result)}
+
+    def _averaged(self, names: list[str]) -> list[str]:
+        """The expressions that these names have; each must be in a name of some part."""
+        given = self.options["averaged"]
+        patterns = [given] if isinstance(given, str) else list(given)
+        everywhere = dict.fromkeys(name for own, _ in self._parts().values() for name in own)
+        names_with(patterns, list(everywhere), "averaged")
+        return [p for p in patterns if any(re.search(p, name) for name in names)]
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()

@@ -98,6 +98,8 @@ def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None
         options["lora_rank"] = joint.lora_rank
     if joint.in_use:
         options["iterations"] = joint.in_use
+    if joint.refreshed:
+        options["refresh"] = joint.refreshed
     return MergeCard(
         method=joint.method,
         options=options,

@@ -20,7 +20,7 @@ from mats_lightning.checkpoints import load_weights
 from mats_lightning.joint import JointMerge
 from mats_lightning.lora import Lora, take_form
 from mats_lightning.merge_folder import export_merge
-from mats_lightning.merging import Block
+from mats_lightning.merging import Block, MergeResult
 from mats_lightning.names import plain_name
 from mats_lightning.tasks import Task
 
@@ -121,9 +121,29 @@ class MergeModule(pl.LightningModule):
         self._joint.use(iterations, only)
         self._put_in_place()
 
+    def shared_state(self) -> dict[str, Tensor]:
+        """The merged parameters and buffers that all tasks share: those that are in no head."""
+        first = self.state_of(next(iter(self.tasks)))
+        return {name: first[name] for name in self._joint.shared}
+
+    def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
+        """Put other values of `shared_state` in place; the model card says `how` they were made.
+
+        The states of other iteration counts are let go of. Raises ValueError for other names or
+        shapes, and for a method that merges nothing.
+        """
+        self.merge()
+        self._joint.replace_shared(result, how)
+        self._put_in_place()
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """task -> the number that it is merged with."""
+        return dict(self._joint.weights)
+
     def _put_in_place(self) -> None:
         for name, task in self.tasks.items():
-            _load(task.module, self._joint.state_of(name), self._joint.adapter_of(name))
+            load_state(task.module, self._joint.state_of(name), self._joint.adapter_of(name))
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
@@ -134,7 +154,7 @@ class MergeModule(pl.LightningModule):
         """A copy of the task's LightningModule with the merged weights, independent of ours."""
         state = self.state_of(task)
         module = copy.deepcopy(self.tasks[task].module)
-        _load(module, state, self._joint.adapter_of(task))
+        load_state(module, state, self._joint.adapter_of(task))
         return module
 
     @property
@@ -304,7 +324,7 @@ class MergeModule(pl.LightningModule):
             self.log("relative", sum(quotients) / len(quotients))
 
 
-def _load(module: nn.Module, state: Weights, adapter: Lora | None) -> None:
+def load_state(module: nn.Module, state: Weights, adapter: Lora | None = None) -> None:
     """Load by plain names; what the state does not hold stays as it is."""
     if adapter is not None:
         take_form(module, adapter)

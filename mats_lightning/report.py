@@ -184,6 +184,34 @@ def plot_residuals(
     _save(figure, path)
 
 
+def plot_seconds(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str],
+    individual: float | None = None,
+) -> None:
+    """Draw average scores against seconds: {label: [(seconds, average), ...]}.
+
+    A dashed line is the individual models' average. Raises ValueError where there is no point at
+    all, and ModuleNotFoundError where matplotlib is missing.
+    """
+    if not any(curves.values()):
+        raise ValueError("no points to draw: expected pairs of seconds and an average")
+    figure = _figure(width=6.4, height=4.2)
+    axes = figure.subplots()
+    for label, points in curves.items():
+        seconds, scores = zip(*points, strict=True) if points else ((), ())
+        axes.plot(seconds, scores, marker="o", label=label)
+    if individual is not None:
+        axes.axhline(individual, color="black", linewidth=1, linestyle="--", label=INDIVIDUAL)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("average score")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", frameon=False)
+    _save(figure, path)
+
+
 def _draw_curves(axes: "Axes", lines: list[list[float]], label: str, colour: str) -> None:
     length = max(map(len, lines))
     steps = np.arange(length)

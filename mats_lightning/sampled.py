@@ -185,13 +185,13 @@ def _logits(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Tensor | N
     return logits, None if keep is None else keep.bool()
 
 
-def go_back(loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """A backward pass that leaves `.grad` alone.
+def go_back(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """A backward pass that leaves `.grad` alone; the gradients, None where there is none.
 
     Raises ValueError where the model has re-entrant checkpointing, which cannot do this.
     """
     try:
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise

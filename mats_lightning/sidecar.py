@@ -8,6 +8,8 @@
   request in bfloat16), and one such row for each group of a convolution, or each block of a
   factor that is cut into blocks; "a/<group>" (d_in,), the sum of the inputs;
   "counts/<module>" (rows,), how often each row of an embedding was looked up;
+  "gradient/<parameter>", where it was asked for, the sum of the examples' gradients of the loss
+  (with labels sampled for the curvature, too), in the parameter's shape;
 - metadata: "format" = "mats_lightning", "format_version" = "1", and "statistics", a JSON object:
   `examples`; `positions` (group -> count; one with 0 has no A); `inputs` (module -> group whose
   A it shares); `info`: `fisher` (empirical, or sampled with its `seeds` and `draws`: each row

@@ -21,6 +21,7 @@ class Solution:
     iterations: int
     residuals: list[float]  # |b - C x| / |b| after 0, 1, ... iterations
     converged: bool  # the last one is within the tolerance
+    at_edge: bool  # the iteration ended where |x - x0| is the radius
     kept: dict[int, Tensor]  # the states after the iteration counts that were asked for
 
 
@@ -33,56 +34,67 @@ def conjugate_gradient(
     tolerance: float = 0.0,
     preconditioner: Function | None = None,
     residual: Function | None = None,
+    radius: float = math.inf,
     keep: Collection[int] = (),
 ) -> Solution:
     """The conjugate gradient method of Hestenes and Stiefel, started at `x0`.
 
     Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
     along which C is positive by more than rounding: where C is singular, a step along such a
-    direction would be of any length. `preconditioner` applies an approximate inverse of C,
-    symmetric positive definite. `residual` gives b - C x, where that can be had with less rounding
-    than from `matvec`. It is what the iteration starts with, and what must be within the tolerance
-    at the end: the recursion's own drifts away from it, and is replaced by it. `keep` names
-    iteration counts whose states are returned too, from the same run; a run that stops earlier
-    gives its last state for them.
+    direction would be of any length. A step that would lead further than `radius` from `x0` is
+    shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983).
+    `preconditioner` applies an approximate inverse of C, symmetric positive definite. `residual`
+    gives b - C x, where that can be had with less rounding than from `matvec`. It is what the
+    iteration starts with, and what must be within the tolerance at the end: the recursion's own
+    drifts away from it, and is replaced by it. `keep` names iteration counts whose states are
+    returned too, from the same run; a run that stops earlier gives its last state for them.
 
-    Raises ValueError for negative iterations, NaN or inf in what it is given, or a preconditioner
-    that is so near to singular that rounding leaves no first step.
+    Raises ValueError for negative iterations or a negative radius, NaN or inf in what it is given,
+    or a preconditioner that is so near to singular that rounding leaves no first step.
     """
     if iterations < 0 or any(count < 0 for count in keep):
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
+    if radius < 0:
+        raise ValueError(f"radius={radius}: it cannot be negative")
     exact = residual or (lambda x: b - matvec(x))
     x = x0.clone()
     r = exact(x)
-    norm_b = float(b.norm()) or 1.0
-    residuals = [float(r.norm()) / norm_b]
+    norm_b = _norm(b) or 1.0
+    residuals = [_norm(r) / norm_b]
     kept = {0: x.clone()} if 0 in keep else {}
     z = preconditioner(r) if preconditioner else r
     p = z.clone()
-    rz = float((r * z).sum())
+    rz = _dot(r, z)
     eps = torch.finfo(b.dtype).eps
-    largest = float((b - r).norm()) / (float(x.norm()) or 1.0)  # a lower bound of |C|
-    done = 0
+    largest = _norm(b - r) / (_norm(x) or 1.0)  # a lower bound of |C|
+    done, at_edge = 0, False
     while done < iterations and residuals[-1] > tolerance and rz > 0:
         cp = matvec(p)
-        curvature, norm_p = float((p * cp).sum()), float(p.norm())
-        largest = max(largest, float(cp.norm()) / (norm_p or 1.0))
+        curvature, norm_p = _dot(p, cp), _norm(p)
+        largest = max(largest, _norm(cp) / (norm_p or 1.0))
         if curvature <= eps * largest * norm_p**2:
             break  # rounding is all that is left along p
         alpha = rz / curvature
+        if radius < math.inf:
+            moved = x - x0
+            to_edge = _to_edge(_dot(moved, moved), _dot(moved, p), norm_p**2, radius)
+            at_edge = to_edge < alpha
+            alpha = min(alpha, to_edge)
         x.add_(p, alpha=alpha)
         r.sub_(cp, alpha=alpha)
         done += 1
-        residuals.append(float(r.norm()) / norm_b)
+        residuals.append(_norm(r) / norm_b)
         seems_done = residuals[-1] <= tolerance
         if seems_done:
             r = exact(x)
-            residuals[-1] = float(r.norm()) / norm_b
+            residuals[-1] = _norm(r) / norm_b
         if done in keep:
             kept[done] = x.clone()
+        if at_edge:
+            break
         z = preconditioner(r) if preconditioner else r
-        rz, before = float((r * z).sum()), rz
-        p.mul_(0.0 if seems_done else rz / before).add_(z)  # 0: from here on anew
+        rz, before = _dot(r, z), rz
+        torch.add(z, p, alpha=0.0 if seems_done else rz / before, out=p)  # 0: from here on anew
     if not all(map(math.isfinite, [*residuals, rz])):
         raise ValueError(
             "NaN or inf in conjugate gradients: the operator, the preconditioner, the right-hand"
@@ -94,7 +106,23 @@ def conjugate_gradient(
             " its damping, or go without it"
         )
     kept |= {count: x for count in keep if count > done}
-    return Solution(x, done, residuals, residuals[-1] <= tolerance, kept)
+    return Solution(x, done, residuals, residuals[-1] <= tolerance, at_edge, kept)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    """One pass, where a product and its sum are two: for small layers each pass counts."""
+    return float(torch.dot(x.reshape(-1), y.reshape(-1)))
+
+
+def _to_edge(moved2: float, moved_p: float, p2: float, radius: float) -> float:
+    """The t >= 0 with |moved + t p| = radius: the larger root of a quadratic equation."""
+    left = radius**2 - moved2
+    root = math.sqrt(max(moved_p**2 + p2 * left, 0.0))
+    return max((root - moved_p) / p2, 0.0)
+
+
+def _norm(x: Tensor) -> float:
+    return math.sqrt(_dot(x, x))
 
 
 def symmetric_inverse(matrix: Tensor, damping: float) -> Function:

@@ -22,6 +22,7 @@ from mats_lightning.statistics import Statistics
 # of an adapter's configuration: what decides how its parameters act on a layer
 SCALING = ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora")
 MEANING = (*SCALING, "r", "rank_pattern", "feedforward_modules")
+LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
 
 
 @dataclass
@@ -128,13 +129,21 @@ class Task:
         return any(_begins(parameter, prefix) for prefix in self.head)
 
     def dataloader(self, stage: str, trainer: pl.Trainer | None) -> Any:
-        """The loader of "test" or "validate". Raises ValueError where there are several."""
+        """The loader of "fit", "test" or "validate".
+
+        Raises ValueError where there are several, or none to fit with: `data` is a DataLoader.
+        """
         if not isinstance(self.data, pl.LightningDataModule):
+            if stage == "fit":
+                raise ValueError(
+                    f"task '{self.name}' has a DataLoader for test and validation alone: give it a"
+                    " LightningDataModule that has training rows too, or pass loaders={name: ...}"
+                )
             return self.data
         self.data.trainer = trainer
         self.data.prepare_data()
         self.data.setup(stage)
-        loader = self.data.test_dataloader() if stage == "test" else self.data.val_dataloader()
+        loader = getattr(self.data, LOADERS[stage])()
         if isinstance(loader, list | tuple | dict):
             loaders = list(loader.values() if isinstance(loader, dict) else loader)
             if len(loaders) != 1:

@@ -1,33 +1,33 @@
 """Merge by every method, choose its settings on validation rows, and test what was chosen."""
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-import lightning as L
+from bench import Bench, Cell, Find, Merge, Opened
 from merge_options import MethodOptions
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from torch import Tensor
 
-from mats_lightning import MergeModule, Task
 from mats_lightning.report import Row
 
-__all__ = ["Attempt", "Comparison", "Outcome", "evaluate", "evaluation_trainer"]
+__all__ = [
+    "REFERENCES",
+    "Attempt",
+    "Comparison",
+    "Outcome",
+    "choose",
+    "merges_of",
+    "steps_of",
+    "words",
+]
 
 REFERENCES = ("individual", "pretrained")  # rows to compare with: nothing is merged
 
-T = TypeVar("T")
+
+class Curve(NamedTuple):
+    """A block's relative residuals, as plot_residuals takes them."""
+
+    residuals: list[float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Attempt:
 
     @property
     def average(self) -> float:
-        return mean(self.scores.values()) if self.scores else math.nan
+        return mean(self.scores.values()) if self.scores else float("nan")
 
     @property
     def iterations(self) -> int:
@@ -59,14 +59,12 @@ class Outcome:
     attempts: list[Attempt]
     merge_seconds: float  # of all merges; points that differ in `iterations` alone share one
     test_seconds: float
-    blocks: Mapping[str, Any] = field(repr=False)  # reports of the merge's last iteration
+    blocks: Mapping[str, Curve] = field(repr=False)  # of the merge's last iteration
 
     @property
     def row(self) -> Row:
         """The label says which objective and preconditioner; the settings are the numbers."""
-        settings = self.chosen.settings.items()
-        words = [f"{name} {value}" for name, value in settings if isinstance(value, int | float)]
-        return Row(self.label, ", ".join(words), self.scores)
+        return Row(self.label, words(self.chosen.settings), self.scores)
 
     @property
     def line(self) -> str:
@@ -93,138 +91,113 @@ class Outcome:
         }
 
 
+def words(settings: Mapping[str, Any]) -> str:
+    """The numbers among the settings, as a table shows them."""
+    return ", ".join(f"{n} {v}" for n, v in settings.items() if isinstance(v, int | float))
+
+
+def merges_of(method: MethodOptions) -> Iterator[Merge]:
+    """The merges that a method's grid needs.
+
+    Raises ValueError for mats without a number of iterations.
+    """
+    for options, counts in method.merges():
+        if method.method == "mats" and "iterations" not in options:
+            raise ValueError(f"mats with {options}: say iterations, in options or grid")
+        options.pop("iterations", None)
+        yield Merge(method.method, options, tuple(counts))
+
+
+def choose(find: Find, merges: Sequence[Merge]) -> tuple[Merge, int, Cell] | None:
+    """The point that is best on validation, the first of equals; None while a cell is missing."""
+    points = [(merge, count) for merge in merges for count in merge.counts]
+    found = [(*point, find(*point, "validation")) for point in points]
+    known = [(merge, count, cell) for merge, count, cell in found if cell is not None]
+    if len(known) < len(found):
+        return None
+    return max(known, key=lambda point: point[2].average)
+
+
+def steps_of(find: Find, method: MethodOptions) -> tuple[int, int]:
+    """How many steps a method takes, and how many of them are on disk.
+
+    A step is a merge, a point of a grid on validation, or a method on test.
+    """
+    merges = list(merges_of(method))
+    if method.method in REFERENCES:
+        return 2, 0 if find(merges[0], 0, "test") is None else 2
+    total, done = 1, 0
+    for merge in merges:
+        known = sum(find(merge, n, "validation") is not None for n in merge.counts)
+        total += 1 + len(merge.counts)
+        done += known + (known == len(merge.counts))
+    if (chosen := choose(find, merges)) is not None:
+        tested = find(*chosen[:2], "test") is not None
+        done += 1 if tested else -1  # what was chosen is merged again
+    return total, done
+
+
 class Comparison:
-    """Runs the methods one after the other over the same tasks, with one trainer for all.
+    """Runs the methods one after the other over the tasks of a bench.
 
-    Merges are dropped as soon as a better one is known: the best of all (`best`), the best of the
-    method at work and the newest are in memory, no others, and but for the newest one state of
-    each.
-
-    Args:
-        tasks: the fine-tuned tasks; all evaluations share their data.
-        pretrained: the weights that all tasks started from, by the names of their modules.
-        pretrained_heads: the head that each head group started with.
-        accelerator: for merging and evaluating.
+    What is on disk is neither merged nor evaluated again. Merges are dropped as soon as a better
+    one is known: the best of all (`best`), the best of the method at work and the newest are in
+    memory, no others, and but for the newest one state of each.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        pretrained: Mapping[str, Tensor],
-        pretrained_heads: Mapping[str, Mapping[str, Tensor]],
-        accelerator: str,
-    ) -> None:
-        self.tasks = tasks
-        self.pretrained = pretrained
-        self.pretrained_heads = pretrained_heads
-        self.trainer = evaluation_trainer(accelerator)
-        self.individual: dict[str, float] | None = None
-        self.best: tuple[Outcome, MergeModule] | None = None
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.best: tuple[Outcome, Opened] | None = None
 
     def run(self, methods: Mapping[str, MethodOptions]) -> list[Outcome]:
         """The outcomes of the individual models, then of each method under its label."""
         methods = {"individual": MethodOptions("individual"), **methods}
-        # a step is a merge, a point of a grid on validation, or a method on test
-        steps = sum(
-            1 + len(counts) * (m.method not in REFERENCES)
-            for m in methods.values()
-            for _, counts in m.merges()
-        )
-        outcomes = []
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("to go:"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-        ) as self._progress:
-            self._bar = self._progress.add_task("", total=steps + len(methods))
-            for label, method in methods.items():
-                outcomes.append(self._compare(label, method))
-                self._progress.console.print(outcomes[-1].line, highlight=False, soft_wrap=True)
-        return outcomes
+        for method in methods.values():
+            self.bench.steps.expect(*steps_of(self.bench.find, method))
+        return [self.compare(label, method) for label, method in methods.items()]
 
-    def _compare(self, label: str, method: MethodOptions) -> Outcome:
+    def compare(self, label: str, method: MethodOptions) -> Outcome:
+        """One method: all points of its grid on validation, and the best of them on test."""
         attempts: list[Attempt] = []
-        kept: tuple[Attempt, MergeModule, Mapping[str, Any]] | None = None
+        kept: tuple[Attempt, Opened, Cell | None] | None = None
         merge_seconds = 0.0
-        for options, counts in method.merges():
-            module = self._module(method.method, options)
-            device = self.trainer.strategy.root_device
-            _, seconds = self._step(f"{label}: merge", module.merge, device, False)
-            merge_seconds += seconds
-            tried = [self._attempt(label, method, module, options, count) for count in counts]
+        for merge in merges_of(method):
+            opened = Opened(self.bench, merge, label)
+            if method.method in REFERENCES:
+                cells, tried = [], [Attempt({}, {}, 0.0)]
+            else:
+                cells = [opened.cell(count, "validation") for count in merge.counts]
+                tried = [
+                    Attempt(_settings(merge, count), cell.scores, cell.seconds)
+                    for count, cell in zip(merge.counts, cells, strict=True)
+                ]
+                merge_seconds += max(cell.merge_seconds for cell in cells)
             attempts += tried
             best = max(tried, key=lambda attempt: attempt.average)
             if kept is None or best.average > kept[0].average:
-                module.use(max(counts))
-                kept = best, module, module.blocks
-                module.use(best.iterations, only=True)
+                last = cells[merge.counts.index(max(merge.counts))] if cells else None
+                kept = best, opened, last
+                opened.keep_only(best.iterations)
         assert kept is not None
-        chosen, module, blocks = kept
-        module.use(chosen.iterations)  # in the tasks' modules, where the newest merge is
-        scores, seconds = self._step(f"{label}: test", evaluate, module, self.trainer.test)
+        chosen, opened, last = kept
+        tested = opened.cell(chosen.iterations, "test", alone=True)
+        curves = last.residuals if last is not None else {}
         outcome = Outcome(
-            label, method.method, chosen, scores, attempts, merge_seconds, seconds, blocks
+            label,
+            method.method,
+            chosen,
+            tested.scores,
+            attempts,
+            round(merge_seconds, 2),
+            tested.seconds,
+            {name: Curve(curve) for name, curve in curves.items()},
         )
-        if method.method == "individual":
-            self.individual = scores
         better = self.best is None or chosen.average > self.best[0].chosen.average
         if method.method not in REFERENCES and better:
-            self.best = outcome, module
+            self.best = outcome, opened
+        self.bench.steps.say(outcome.line)
         return outcome
 
-    def _attempt(
-        self,
-        label: str,
-        method: MethodOptions,
-        module: MergeModule,
-        options: dict[str, Any],
-        count: int,
-    ) -> Attempt:
-        settings = {**options, "iterations": count} if count else options
-        module.use(count)
-        if method.method in REFERENCES:
-            return Attempt(settings, {}, 0.0)
-        scores, seconds = self._step(
-            f"{label}: validation", evaluate, module, self.trainer.validate
-        )
-        return Attempt(settings, scores, seconds)
 
-    def _module(self, method: str, options: Mapping[str, Any]) -> MergeModule:
-        return MergeModule(
-            self.tasks,
-            method=method,
-            options=options,
-            pretrained=self.pretrained,
-            pretrained_heads=self.pretrained_heads,
-            individual=self.individual,
-        )
-
-    def _step(self, description: str, action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-        """What `action` returns, and its seconds; shown in the progress bar."""
-        self._progress.update(self._bar, description=description)
-        started = time.perf_counter()
-        result = action(*arguments)
-        self._progress.advance(self._bar)
-        return result, round(time.perf_counter() - started, 2)
-
-
-def evaluation_trainer(accelerator: str) -> L.Trainer:
-    """A trainer for `validate` and `test` on one device, which says nothing."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-
-
-def evaluate(module: MergeModule, run: Callable[..., Any]) -> dict[str, float]:
-    """The tasks' primary metrics; `run` is a trainer's `validate` or `test`."""
-    run(module, verbose=False)
-    return dict(module.scores)
+def _settings(merge: Merge, count: int) -> dict[str, Any]:
+    return {**merge.options, "iterations": count} if count else dict(merge.options)

@@ -7,9 +7,11 @@
     python recipes/merge.py --config my.yaml                   # any models and data of the hub
 
 merge.yaml says what can be set. Fine-tunes that are finished are kept, and an interrupted one goes
-on from its last epoch. `output_dir` then holds results.md, results.csv, results.json (each point
-of each grid, seconds, memory), scores.png, residuals.png, merged/ (the best merge, for
-`AutoModel.from_pretrained`) and tasks/ (checkpoints and statistics).
+on from its last epoch. So do the merges: what was measured is in cells/ (see cells.py), and is not
+measured again by the same version of mats_lightning; `--again true` forgets it. `output_dir` then
+holds results.md, results.csv, results.json (each point of each grid, seconds, memory), scores.png,
+residuals.png, merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints
+and statistics).
 """
 
 import itertools
@@ -22,6 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench import Bench, Steps
+from cells import Cells, about_tasks
 from compare import Comparison, Outcome
 from merge_options import Options, parse_options
 from torch import Tensor
@@ -53,8 +57,13 @@ def main(args: Sequence[str] | None = None) -> list[Outcome]:
     clock = [time.perf_counter()]
     tasks, trained = finetuned_tasks(options)
     clock.append(time.perf_counter())
-    comparison = Comparison(tasks, *starts(tasks), options.accelerator)
-    outcomes = comparison.run(options.methods)
+    cells = Cells(options.output_dir / "cells", about_tasks(tasks))
+    if options.again:
+        cells.forget_all()
+    with Steps() as steps:
+        bench = Bench(tasks, *starts(tasks), options.accelerator, cells, steps)
+        comparison = Comparison(bench)
+        outcomes = comparison.run(options.methods)
     clock.append(time.perf_counter())
     report(outcomes, options.output_dir)
     exported = export(comparison, options.output_dir / "merged")
@@ -130,8 +139,11 @@ def export(comparison: Comparison, folder: Path) -> str | None:
     """The merge that is best on validation, for AutoModel; returns its label."""
     if comparison.best is None:
         return None
-    outcome, module = comparison.best
-    module.use(outcome.chosen.iterations)
+    outcome, opened = comparison.best
+    count = outcome.chosen.iterations
+    module = opened.module(count)  # merged now, where all of it was measured in an earlier run
+    module.use(count)
+    module.scores = dict(outcome.scores)
     module.export(folder, overwrite=True)
     print(f"the best merge on validation, {outcome.label}, is in {folder}")
     return outcome.label

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from labelled_data import HubDataset
 from modalities import MODALITIES, Modality
 
-__all__ = ["MethodOptions", "Options", "TaskOptions", "parse_options"]
+__all__ = ["MethodOptions", "Options", "TaskOptions", "options_of", "parse_options"]
 
 DEFAULT = Path(__file__).with_name("merge.yaml")
 FAST = DEFAULT.with_name("merge_fast.yaml")
@@ -93,6 +93,7 @@ class Options:
         test_rows: rows a task that the table is on.
         seed: of the splits, the heads and the training.
         accelerator: of the trainers: "auto", "cpu", "gpu" ...
+        again: forget what earlier runs measured, and merge and evaluate all of it again.
     """
 
     tasks: list[str | TaskOptions]
@@ -112,6 +113,7 @@ class Options:
     test_rows: int | None = 600
     seed: int = 0
     accelerator: str = "auto"
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -154,6 +156,24 @@ class Options:
         return [TaskOptions(task) if isinstance(task, str) else task for task in self.tasks]
 
 
+def options_of(settings: Mapping[str, Any]) -> Options:
+    """The options of merge.yaml under these. Raises SystemExit as `parse_options` does."""
+    parser = ArgumentParser(prog="options")
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Options)
+    defaults = yaml.safe_load(DEFAULT.read_text(encoding="utf-8"))
+    try:
+        return built(parser, {**defaults, **settings}, [])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def built(parser: ArgumentParser, settings: Mapping[str, Any], rest: Sequence[str]) -> Options:
+    parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
+    made = parser.instantiate(parsed)
+    return Options(**{option.name: made[option.name] for option in fields(Options)})
+
+
 def parse_options(
     args: Sequence[str] | None = None,
     program: str = "merge.py",
@@ -191,8 +211,6 @@ def parse_options(
         for name in ("tasks", "methods"):
             if (given := getattr(known, name)) is not None:
                 settings[name] = yaml.safe_load(given)
-        parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
-        built = parser.instantiate(parsed)
-        return Options(**{option.name: built[option.name] for option in fields(Options)})
+        return built(parser, settings, rest)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))

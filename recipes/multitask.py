@@ -4,8 +4,9 @@
     python recipes/multitask.py --fast                             # the same on smaller slices
     python recipes/multitask.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
 
-It takes the options of merge.py, `methods` without effect: the same rows, splits, epochs, heads,
-optimizer and learning rate, with one backbone for all tasks. Nothing is chosen on validation rows.
+It takes the options of merge.py, `methods` and `again` without effect: the same rows, splits,
+epochs, heads, optimizer and learning rate, with one backbone for all tasks. Nothing is chosen on
+validation rows.
 
 Each step is a batch of one task, in a random order over all tasks: so a task's batches, their
 padding, their loss and the number of its head's steps are those of its own fine-tune.
@@ -21,12 +22,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from bench import evaluate, evaluation_trainer
 from classifier import Batch, Classifier, optimizer_and_schedule
-from compare import evaluate, evaluation_trainer
 from labelled_data import LabelledData
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -222,17 +224,22 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
 
 def train_multitask(options: Options, data: Data, settings: Settings) -> TrainedTask:
     """The final checkpoint; see `train`. What decides it is what decides each fine-tune."""
-    together: dict[str, Any] = {name: getattr(options, name) for name in COMMON}
-    together["tasks"] = [task.name for task in data]  # the order, too
-    for task, own in settings.items():
-        together |= {f"{task.name} {key}": own[key] for key in own if key not in COMMON}
-    folder = folder_of(options.output_dir / "multitask", "multitask", together)
+    folder, together = multitask_folder(options, settings)
     module = multitask_module(options, data)
     rows = MultitaskData(list(data.values()))
     trained = train(options, module, rows, folder, together, statistics=False)
     del module
     return_memory()
     return trained
+
+
+def multitask_folder(options: Options, settings: Settings) -> tuple[Path, dict[str, Any]]:
+    """Where a training is, and what decides it."""
+    together: dict[str, Any] = {name: getattr(options, name) for name in COMMON}
+    together["tasks"] = [task.name for task in settings]  # the order, too
+    for task, own in settings.items():
+        together |= {f"{task.name} {key}": own[key] for key in own if key not in COMMON}
+    return folder_of(options.output_dir / "multitask", "multitask", together), together
 
 
 def multitask_module(options: Options, data: Data) -> MultitaskClassifier:

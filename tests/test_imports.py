@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"statistics"},
     "capture": {"batches", "broadcast", "statistics", "verification"},
     "sampled": {"batches", "capture"},
+    "distillation": {"sampled"},
     "huggingface": set(),
     "sidecar": {"batches", "statistics"},
     "ranks": {"statistics"},
@@ -61,10 +62,49 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
     },
     "module": {"checkpoints", "joint", "lora", "merge_folder", "merging", "names", "tasks"},
-    "__init__": {"callback", "collect", "merging", "module", "sidecar", "statistics", "tasks"},
+    "measuring": {
+        "checkpoints",
+        "collect",
+        "merging",
+        "names",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
+    "rounds": {"checkpoints", "measuring", "sidecar"},
+    "refresh": {
+        "distillation",
+        "measuring",
+        "merging",
+        "module",
+        "rounds",
+        "sampled",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
+    "__init__": {
+        "callback",
+        "collect",
+        "merging",
+        "module",
+        "refresh",
+        "sidecar",
+        "statistics",
+        "tasks",
+    },
     "__main__": set(),
 }
-KNOW_LIGHTNING = {"callback", "collect", "merge_folder", "module", "saving", "tasks", "training"}
+KNOW_LIGHTNING = {
+    "callback",
+    "collect",
+    "merge_folder",
+    "module",
+    "refresh",
+    "saving",
+    "tasks",
+    "training",
+}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 NO_NAMES = {"utils", "util", "base", "helpers", "helper", "common", "misc", "managers", "factories"}
 

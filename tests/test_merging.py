@@ -4,8 +4,10 @@
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -479,6 +481,39 @@ def test_named_parameters_are_averaged_and_the_others_are_not(problem: Problem, 
         torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
     assert named.blocks["first.weight"].statistic == "identity"
     assert "free" in plain.uncovered and "free" not in named.uncovered
+
+
+@pytest.mark.parametrize("init", ["average", "pretrained"])
+@pytest.mark.parametrize("preconditioner", ["kronecker", None])
+def test_no_block_goes_further_than_the_radius(
+    problem: Problem, init: str, preconditioner: str | None
+) -> None:
+    options: dict[str, Any] = {"init": init, "pretrained": problem.pretrained}
+    options |= {"preconditioner": preconditioner, "iterations": 50, "tolerance": 0.0}
+    start = average(problem.thetas) if init == "average" else problem.pretrained
+
+    def moved(state: State, name: str) -> float:
+        """In units of the tasks' own distances."""
+        away = [float((theta[name] - start[name]).norm()) for theta in problem.thetas]
+        return float((state[name] - start[name]).norm()) / math.sqrt(mean(x * x for x in away))
+
+    free = mats(problem.thetas, problem.statistics, **options)
+    radius = median(moved(free.state_dict, name) for name in free.blocks)
+    bound = mats(problem.thetas, problem.statistics, radius=radius, **options)
+    for name, block in bound.blocks.items():
+        if block.at_edge:
+            assert moved(bound.state_dict, name) == pytest.approx(radius, rel=1e-9)
+        else:
+            assert moved(bound.state_dict, name) < radius * (1 + 1e-9)
+            torch.testing.assert_close(bound.state_dict[name], free.state_dict[name])
+    ended = [name for name, block in bound.blocks.items() if block.at_edge]
+    assert len(bound.blocks) / 4 < len(ended) < len(bound.blocks)
+
+
+def test_an_expression_that_no_parameter_has_is_refused(problem: Problem) -> None:
+    message = r"averaged: no parameter has 'frist' in its name; they are called '.*first\.weight'"
+    with pytest.raises(ValueError, match=message):
+        mats(problem.thetas, problem.statistics, averaged=["first", "frist"], iterations=1)
 
 
 # -- what holds of every method ----------------------------------------------------------------

@@ -514,6 +514,20 @@ def test_a_head_group_merges_the_head_of_its_members(suite: Suite, method: str) 
         assert set(module.blocks) == {*SHARED, *(f"head group 'polarity's': {p}" for p in head)}
 
 
+def test_averaged_names_are_looked_for_in_all_parts(suite: Suite) -> None:
+    """Those of the shared parameters are not in the head, and the other way round."""
+    tasks = suite.tasks(*GROUP, head_group="polarity")
+    options: dict[str, Any] = {"iterations": 2, "averaged": ["body.2", "head.weight"]}
+    module = MergeModule(tasks, "mats", options)
+    kinds = {name: block.statistic for name, block in module.blocks.items()}
+    identity = {name for name, kind in kinds.items() if kind == "identity"}
+    head = "head group 'polarity': head.weight"
+    assert identity == {name for name in SHARED if "body.2" in name} | {head}
+    options["averaged"] = "body.7"
+    with pytest.raises(ValueError, match=r"averaged: no parameter has 'body\.7' in its name"):
+        MergeModule(tasks, "mats", options).merge(progress=False)
+
+
 def test_use_switches_between_iteration_counts(suite: Suite) -> None:
     tasks = suite.tasks()
     for task in tasks:

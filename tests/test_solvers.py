@@ -130,6 +130,48 @@ def test_keep_of_a_run_that_stops_early_gives_its_last_state() -> None:
     assert not torch.equal(together.kept[2], together.value)
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.7, 0.95])
+def test_radius_ends_the_run_where_its_path_leaves_the_ball(
+    share: float, preconditioned: bool
+) -> None:
+    matrix, b, x0 = positive(condition=30), random(N, seed=1), random(N, seed=2)
+    inverse = torch.linalg.inv(matrix + 3 * positive(seed=5)) if preconditioned else None
+    states = [x0, *(scipy_cg(matrix, b, x0, n, inverse)[0] for n in range(1, 12))]
+    radius = share * float((states[-1] - x0).norm())
+    last = next(n for n, state in enumerate(states) if float((state - x0).norm()) > radius)
+    before, after = states[last - 1], states[last]
+    low, high = 0.0, 1.0  # the crossing, by bisection
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = float((before + middle * (after - before) - x0).norm()) <= radius
+        low, high = (middle, high) if inside else (low, middle)
+    expected = before + low * (after - before)
+    found = conjugate_gradient(
+        times(matrix),
+        b,
+        x0,
+        iterations=11,
+        preconditioner=None if inverse is None else times(inverse),
+        radius=radius,
+        keep=(last - 1, 11),
+    )
+    assert found.at_edge
+    assert found.iterations == last
+    assert relative_error(found.value, expected) < 1e-6
+    assert float((found.value - x0).norm()) == pytest.approx(radius, rel=1e-12)
+    assert relative_error(found.kept[last - 1], before) < 1e-6
+    assert torch.equal(found.kept[11], found.value)
+    assert found.residuals[-1] == pytest.approx(float((b - matrix @ found.value).norm() / b.norm()))
+
+
+def test_a_radius_beyond_the_path_changes_nothing() -> None:
+    b, x0 = random(N, seed=1), random(N, seed=2)
+    wide = conjugate_gradient(times(positive()), b, x0, iterations=9, radius=1e6)
+    assert not wide.at_edge
+    assert torch.equal(wide.value, run(9).value)
+
+
 def test_start_and_right_hand_side_are_left_alone() -> None:
     b, x0 = random(N, seed=1), random(N, seed=2)
     conjugate_gradient(times(positive()), b, x0, iterations=5, keep=(0, 5))
@@ -221,6 +263,12 @@ def test_a_preconditioner_that_leaves_rounding_alone_is_an_error() -> None:
 def test_negative_iterations(iterations: int, keep: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cannot be negative"):
         run(iterations, keep=keep)
+
+
+def test_a_radius_is_not_negative() -> None:
+    b = random(N)
+    with pytest.raises(ValueError, match=r"radius=-1\.0: it cannot be negative"):
+        conjugate_gradient(times(positive()), b, b, iterations=3, radius=-1.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

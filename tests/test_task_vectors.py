@@ -93,6 +93,12 @@ def test_matrices_may_be_averaged_by_name(method: Any, averaged: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [iso_c, tsv_m])
+def test_an_expression_that_no_parameter_has_is_refused(method: Any) -> None:
+    with pytest.raises(ValueError, match=r"averaged: no parameter has 'tokens' in its name"):
+        method(THETAS, START, 0.7, averaged=["embed", "tokens"])
+
+
+@pytest.mark.parametrize("method", [iso_c, tsv_m])
 def test_no_change_gives_no_change(method: Any) -> None:
     for name, tensor in method([START] * 3, START, 1.0).items():
         assert torch.equal(tensor, START[name])

@@ -5,6 +5,7 @@ from mats_lightning.merging.dare import dare, drop_and_rescale
 from mats_lightning.merging.fisher import fisher
 from mats_lightning.merging.iso_c import iso_c
 from mats_lightning.merging.mats import Block, MergeResult, mats
+from mats_lightning.merging.refresh_step import refresh_step
 from mats_lightning.merging.regmean import regmean
 from mats_lightning.merging.task_arithmetic import task_arithmetic
 from mats_lightning.merging.ties import ties
@@ -19,6 +20,7 @@ __all__ = [
     "fisher",
     "iso_c",
     "mats",
+    "refresh_step",
     "regmean",
     "task_arithmetic",
     "ties",

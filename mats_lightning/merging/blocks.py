@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.forms import matrix_form, of_embedding, statistic_name
-from mats_lightning.merging.models import Weights, check_models, named_by, weighted_mean
+from mats_lightning.merging.models import Weights, check_models, names_with, weighted_mean
 from mats_lightning.operators import (
     Damped,
     Dense,
@@ -176,6 +176,23 @@ def task_operators(
 
     Raises ValueError where the tasks' factors are cut into blocks in different ways.
     """
+    operators = task_curvatures(
+        name, kind, statistics, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
+    )
+    return balance(operators, weights, damping, normalize)[0]
+
+
+def task_curvatures(
+    name: str,
+    kind: str,
+    statistics: Sequence[Statistics],
+    like: Tensor,
+    *,
+    off_diagonal: float = 1.0,
+    floor: float = 0.0,
+    with_bias: bool = False,
+) -> list[Operator]:
+    """C_i of every task, as it is. Raises as `task_operators` does."""
     forms = [matrix_form(name, kind, task, like.shape) for task in statistics]
     for i, form in enumerate(forms):
         if form != forms[0]:
@@ -183,26 +200,36 @@ def task_operators(
                 f"the {kind} of '{name}' is cut into other blocks in model {i} than in model 0"
                 f" ({form} and {forms[0]}): take all statistics with the same max_factor_size"
             )
-    operators: list[Operator] = [
+    return [
         operator(
             name, kind, task, like, off_diagonal=off_diagonal, floor=floor, with_bias=with_bias
         )
         for task in statistics
     ]
+
+
+def balance(
+    operators: list[Operator], weights: Sequence[float], damping: float, normalize: bool
+) -> tuple[list[Operator], list[float]]:
+    """The C_i in the form of `task_operators`, and the s_i that each was multiplied by.
+
+    The operators are replaced in place. All s_i are 0 where all C_i are zero, and with `normalize`
+    that of a task whose C_i is zero.
+    """
     means = [c.mean_eigenvalue() for c in operators]
     scales = [
-        weight / mean if normalize and mean > 0 else weight
+        weight if not normalize else weight / mean if mean > 0 else 0.0
         for weight, mean in zip(weights, means, strict=True)
     ]
     total = (1 + damping) * sum(s * m for s, m in zip(scales, means, strict=True))
     if total <= 0:
-        return [Identity(weight / sum(weights)) for weight in weights]
+        return [Identity(weight / sum(weights)) for weight in weights], [0.0] * len(weights)
     for i, mean in enumerate(means):  # in place: no second copy of all tasks' factors at once
         scale = scales[i] / total
         c = operators[i] = operators[i].scaled(scale)
         if damping and mean > 0:
             operators[i] = Damped(c, damping * scale * mean)
-    return operators
+    return operators, [scale / total for scale in scales]
 
 
 def uncovered_value(
@@ -232,8 +259,8 @@ def check_statistics(
 
     It is the identity for names that have one of the regular expressions `averaged`. A parameter
     that is in neither is uncovered. Raises ValueError for a wrong count of
-    statistics, what `covering_statistics` raises, a wrong choice of `uncovered`, or, with "error",
-    an uncovered parameter.
+    statistics, what `covering_statistics` raises, an expression that no name has, a wrong choice of
+    `uncovered`, or, with "error", an uncovered parameter.
     """
     if len(statistics) != len(thetas):
         raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
@@ -244,7 +271,7 @@ def check_statistics(
     if uncovered == "pretrained":
         check_models(thetas[:1], pretrained)
     covering = covering_statistics(list(thetas[0]), kinds, statistics)
-    covering |= {n: "identity" for n in thetas[0] if named_by(averaged, n)}
+    covering |= dict.fromkeys(names_with(averaged, list(thetas[0]), "averaged"), "identity")
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
     if uncovered == "error":
         known = covering.keys() | set(folded.values())

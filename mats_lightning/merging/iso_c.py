@@ -29,7 +29,8 @@ def iso_c(
     the mean weighted. `averaged` are regular expressions: a matrix whose name has one is averaged
     as well ("embeddings"; the authors' code does so with "text_projection").
 
-    Raises ValueError for models that do not fit together, bad weights, or NaN or inf.
+    Raises ValueError for models that do not fit together, bad weights, NaN or inf, or an expression
+    that no name has.
     """
     return merge_matrices(thetas, pretrained, scale, weights, averaged, _isotropic_sum)
 

@@ -4,9 +4,11 @@ arXiv 2312.04339. The merged parameters solve (sum w_i C_i) theta = sum w_i C_i 
 conjugate gradient method, from a chosen start and for a chosen number of iterations.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from statistics import mean
 from typing import TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -48,6 +50,7 @@ class Block:
     iterations: int
     residuals: list[float]  # |b - C theta| / |b| after 0, 1, ... iterations
     converged: bool
+    at_edge: bool  # it ended at the `radius`
 
 
 @dataclass(eq=False)
@@ -68,6 +71,7 @@ class Options(TypedDict, total=False):
     preconditioner_damping: float
     off_diagonal: float
     damping: float
+    radius: float
     floor: float
     normalize: bool
     fold_bias: bool
@@ -110,6 +114,7 @@ def mats(
     preconditioner_damping: float = 1e-3,
     off_diagonal: float = 1.0,
     damping: float = 0.0,
+    radius: float = 10.0,
     floor: float = 1e-8,
     normalize: bool = True,
     fold_bias: bool = False,
@@ -138,6 +143,10 @@ def mats(
             one (1e-8) is the closed form.
         off_diagonal: scales the off-diagonal of A, G and block Fishers (the paper's lambda).
         damping: C_i + damping (mean eigenvalue of C_i) I, on both sides of the equation.
+        radius: how far a block may go from its start, in units of how far the tasks' own lie from
+            it (root mean square); there its iteration ends. Good merges go 3 to 10 far; where
+            K-FAC is far from the true curvature, its solution can lie hundreds away and be worth
+            nothing. `math.inf` for the solution itself, and for the paper's method.
         floor: the least value of a diagonal Fisher.
         normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
             model fits its rows too well to have much curvature counts too; the paper does not.
@@ -151,8 +160,8 @@ def mats(
         uncovered: parameters without a statistic: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
 
-    Raises ValueError for models or statistics that do not fit together, unknown names, options
-    out of range, factors with NaN or inf.
+    Raises ValueError for models or statistics that do not fit together, unknown names, an
+    expression in `averaged` that no name has, options out of range, factors with NaN or inf.
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
     counts = [iterations] if isinstance(iterations, int) else list(iterations)
@@ -164,9 +173,10 @@ def mats(
     check_range("preconditioner_damping", preconditioner_damping)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
+    check_range("radius", radius)
     check_range("floor", floor)
     kind_of, folded = check_statistics(
-        thetas, statistics, _kinds(objective), uncovered, pretrained, fold_bias, averaged
+        thetas, statistics, objective_kinds(objective), uncovered, pretrained, fold_bias, averaged
     )
     start = _start(init, pretrained, thetas)
     done_with_weight = set(folded.values())
@@ -207,6 +217,7 @@ def mats(
             weighted_mean(blocks, w) if start is None else blocks[-1],
             preconditioner,
             preconditioner_damping,
+            radius,
             tolerance,
             counts,
         )
@@ -214,7 +225,9 @@ def mats(
             done = min(count, solution.iterations)
             residuals = solution.residuals[: done + 1]
             value = solution.kept[count]
-            block = Block(kind_of[name], done, residuals, residuals[-1] <= tolerance)
+            at_edge = solution.at_edge and done == solution.iterations
+            converged = residuals[-1] <= tolerance
+            block = Block(kind_of[name], done, residuals, converged, at_edge)
             if bias is not None:
                 result.state_dict[bias] = value[:, -1].to(thetas[0][bias].dtype)
                 result.blocks[bias], value = block, value[:, :-1].contiguous()
@@ -232,6 +245,7 @@ def _solve(
     x0: Tensor,
     preconditioner: str | None,
     preconditioner_damping: float,
+    radius: float,
     tolerance: float,
     counts: Sequence[int],
 ) -> Solution:
@@ -256,13 +270,20 @@ def _solve(
             tolerance=tolerance,
             preconditioner=inverse,
             residual=residual,
+            radius=radius * _spread(tensors, x0) if radius < math.inf else radius,
             keep=counts,
         )
     except ValueError as error:
         raise ValueError(f"MaTS of '{name}': {error}") from error
 
 
-def _kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
+def _spread(tensors: Sequence[Tensor], x0: Tensor) -> float:
+    """How far the tasks' parameters lie from the start: the root of the mean square."""
+    return math.sqrt(mean(float((t - x0).square().sum()) for t in tensors))
+
+
+def objective_kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
+    """The statistics of an objective. Raises ValueError for names that do not exist."""
     known = sorted({kind for kinds in OBJECTIVES.values() for kind in kinds})
     if isinstance(objective, str):
         if objective not in OBJECTIVES:

@@ -68,9 +68,22 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def named_by(patterns: str | Sequence[str], name: str) -> bool:
-    """Whether one of these regular expressions is found in the name."""
-    return any(re.search(p, name) for p in ([patterns] if isinstance(patterns, str) else patterns))
+def names_with(patterns: str | Sequence[str], names: Sequence[str], option: str) -> set[str]:
+    """The names in which one of these regular expressions is found.
+
+    Raises ValueError for one that is found in none; `option` is what the user calls them.
+    """
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        own = {name for name in names if re.search(pattern, name)}
+        if not own:
+            raise ValueError(
+                f"{option}: no parameter has {pattern!r} in its name; they are called"
+                f" '{names[0]}', '{names[len(names) // 2]}', '{names[-1]}' ...: leave it out, or"
+                " write what is in the names"
+            )
+        found |= own
+    return found
 
 
 def check_range(option: str, value: float, highest: float = math.inf) -> None:

@@ -9,7 +9,7 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
-    named_by,
+    names_with,
     parameters,
     weighted_mean,
 )
@@ -31,16 +31,18 @@ def merge_matrices(
     A matrix is a parameter of two axes whose name has none of the regular expressions `averaged`.
     `combine` gets the tasks of positive weight.
 
-    Raises ValueError for models that do not fit together, bad weights, or NaN or inf.
+    Raises ValueError for models that do not fit together, bad weights, NaN or inf, or an expression
+    that no name has.
     """
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    apart = names_with(averaged, names, "averaged")
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, merged):
         start = pretrained[name].detach().to(tensors[0])
         taus = [tensor - start for tensor in tensors]
         if not all(finite(tau) for tau in taus):
             raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
-        if start.ndim == 2 and not named_by(averaged, name):
+        if start.ndim == 2 and name not in apart:
             tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
         else:
             tau = weighted_mean(taus, w)

@@ -32,8 +32,8 @@ def tsv_m(
     the mean weighted. `averaged` are regular expressions: a matrix whose name has one is averaged
     as well ("embeddings"; the authors' code does so with "text_projection").
 
-    Raises ValueError for models that do not fit together, bad weights, NaN or inf, or a
-    rank_fraction outside (0, 1].
+    Raises ValueError for models that do not fit together, bad weights, NaN or inf, an expression
+    that no name has, or a rank_fraction outside (0, 1].
     """
     if rank_fraction is not None and not 0 < rank_fraction <= 1:
         raise ValueError(f"rank_fraction={rank_fraction}: the share that is kept lies in (0, 1]")

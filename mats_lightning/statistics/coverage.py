@@ -12,13 +12,15 @@ from mats_lightning.statistics.layers import Rule
 from mats_lightning.statistics.record import (
     BLOCK,
     DIAGONAL,
+    GRADIENT,
     OF_INPUTS,
     OUTPUT,
     Statistics,
 )
 
 GRAM, KFAC = "gram", "kfac"
-KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)
+KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)  # of curvature
+ALL_KINDS = (*KINDS, GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,16 @@ class Coverage:
     def bytes(self) -> int:
         """Upper bound of the memory that one set of sums takes.
 
-        diagonal Fisher: numel; A: d_in^2 + d_in for each module (fewer when modules share an
-        input, which is known after the first batch), twice d_in^2 for K-FAC with reduce, a
-        number a row for an embedding; G: d_out^2; A and G once for each group of a convolution,
+        diagonal Fisher, gradient: numel; A: d_in^2 + d_in for each module (fewer when modules
+        share an input, which is known after the first batch), twice d_in^2 for K-FAC with reduce,
+        a number a row for an embedding; G: d_out^2; A and G once for each group of a convolution,
         or each block of a factor that is cut into blocks; block Fisher: d^2; times the size of a
         float32 (float64 for float64 parameters).
         """
         total = 0
         for name, row in self.rows.items():
             numel = torch.Size(row.shape).numel()
-            elements = numel if DIAGONAL in row.statistics else 0
+            elements = numel * len({DIAGONAL, GRADIENT} & set(row.statistics))
             elements += numel**2 if BLOCK in row.statistics else 0
             if {GRAM, KFAC} & set(row.statistics):
                 if row.matrix is None:
@@ -260,7 +262,7 @@ class Coverage:
         for row in self.rows.values():
             kinds, reason = row.statistics, row.reason
             if statistics.examples and kinds and not self._reached(row, statistics):
-                kinds = [kind for kind in kinds if kind in (DIAGONAL, BLOCK)]
+                kinds = [kind for kind in kinds if kind in (DIAGONAL, BLOCK, GRADIENT)]
                 reason = "no gradient reached it in the captured batches"
             rows.append(
                 {"name": row.name, "shape": list(row.shape), "statistics": kinds, "reason": reason}

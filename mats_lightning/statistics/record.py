@@ -17,6 +17,7 @@ INPUT_SUM = "a"  # input group -> sum over positions of a, (d_in,)
 REDUCED = "A_reduced"  # input group -> sum over examples of their mean a's a a^T, (d_in, d_in)
 COUNTS = "counts"  # embedding -> how often each row was looked up, (rows,)
 OUTPUT = "G"  # module -> sum over positions of g g^T, (d_out, d_out)
+GRADIENT = "gradient"  # parameter -> sum_n grad_n of the loss, shape of the parameter
 # G of K-FAC with reduce: sum over examples of their summed g's g g^T. A, a and G of a convolution
 # with groups have an axis of groups in front.
 OF_INPUTS = (INPUT, INPUT_SUM, REDUCED, COUNTS)
@@ -62,7 +63,8 @@ class Statistics:
     - `kfac[module]` = (A, G) with G = 1/N sum_nr g g^T, (d_out, d_out): K-FAC, expand; or, with
       reduce, A = 1/N sum_n a-bar a-bar^T of the mean input and G = 1/N sum_n g-hat g-hat^T of the
       summed gradient (Eschenhagen et al., arXiv 2311.00636);
-    - `block_fisher[parameter]` = 1/N sum_n grad_n grad_n^T of a vector, (d, d).
+    - `block_fisher[parameter]` = 1/N sum_n grad_n grad_n^T of a vector, (d, d);
+    - `gradient[parameter]` = 1/N sum_n grad_n, the parameter's shape, where it was asked for.
 
     Convolutions have one A and one G for each group, (groups, d, d), where there are several.
 
@@ -110,6 +112,10 @@ class Statistics:
     @property
     def block_fisher(self) -> View[Tensor]:
         return View("block Fisher", self._named(BLOCK), lambda name: self._mean(BLOCK, name))
+
+    @property
+    def gradient(self) -> View[Tensor]:
+        return View("gradient", self._named(GRADIENT), lambda name: self._mean(GRADIENT, name))
 
     @property
     def gram(self) -> View[Tensor]:
@@ -170,6 +176,24 @@ class Statistics:
                     tensors[key] = _sum(key, *found)
         examples = self.examples + other.examples
         return Statistics(tensors, examples, positions, inputs, _joined(self.info, other.info))
+
+    def faded(self, factor: float) -> "Statistics":
+        """The same means of fewer examples, for a sum in which they shall count for less.
+
+        Examples and positions are multiplied by `factor` and rounded; none are left of very few.
+        """
+        examples = round(self.examples * factor)
+        if not examples:
+            return Statistics()
+        positions = {group: round(n * factor) for group, n in self.group_positions.items()}
+        tensors = {}
+        for key in self.tensors:
+            kind, _, name = key.partition("/")
+            share = examples / self.examples
+            if kind in OF_INPUTS and kind != REDUCED:
+                share = positions[name] / (self.group_positions[name] or 1)
+            tensors[key] = self.tensors[key] * share
+        return Statistics(tensors, examples, positions, dict(self.inputs), dict(self.info))
 
 
 def _has_inputs(statistics: Statistics, group: str) -> bool:

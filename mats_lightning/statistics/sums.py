@@ -1,6 +1,6 @@
 """Adds what came through a layer in one batch to a record of statistics."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,7 +22,13 @@ from mats_lightning.statistics.gradients import (
     VectorGradients,
     add_squares_of_sum,
 )
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, OUTPUT, Statistics
+from mats_lightning.statistics.record import (
+    BLOCK,
+    DIAGONAL,
+    GRADIENT,
+    OUTPUT,
+    Statistics,
+)
 
 # (module, leading shape of its rows) -> which positions count, (N, R), or None for all
 MaskOf = Callable[[str, Sequence[int]], Tensor | None]
@@ -66,6 +72,15 @@ class Sums:
         if BLOCK in kinds and isinstance(parts[0], VectorGradients):
             with self._accumulating(f"{BLOCK}/{parameter}", parts[0].device) as total:
                 parts[0].add_outer(total)
+
+    def add_gradients_of_loss(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        """gradient += scale times each, in the dtype of the sums."""
+        for parameter, gradient in gradients.items():
+            key = f"{GRADIENT}/{parameter}"
+            if key not in self._tensors:
+                self._tensors[key] = self.zeros(parameter, self._home(gradient))
+            total = self._tensors[key]
+            total.add_(gradient.to_dense().to(total), alpha=scale)
 
     def _accumulating(self, key: str, device: torch.device) -> AbstractContextManager[Tensor]:
         total = self._tensors[key]  # has been allocated

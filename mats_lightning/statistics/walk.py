@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from mats_lightning.names import plain_name
 from mats_lightning.statistics.adapters import adapter_rule
 from mats_lightning.statistics.coverage import (
+    ALL_KINDS,
     GRAM,
     KFAC,
     KINDS,
@@ -19,7 +20,7 @@ from mats_lightning.statistics.coverage import (
     sum_dtype,
 )
 from mats_lightning.statistics.layers import RULES, Rule, leaf_rule, rule_for
-from mats_lightning.statistics.record import BLOCK, DIAGONAL
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT
 
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -36,11 +37,17 @@ def find_coverage(
 
     `adapted_weights` adds A and G of the frozen weights that LoRA sits on.
 
-    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist.
+    The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
+
+    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist, or for the
+    gradient alone.
     """
     wanted = set(kinds)
-    if unknown := sorted(wanted - set(KINDS)):
-        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {', '.join(KINDS)}")
+    if unknown := sorted(wanted - set(ALL_KINDS)):
+        known = ", ".join(ALL_KINDS)
+        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {known}")
+    if wanted == {GRADIENT}:
+        raise ValueError(f"the gradient is taken beside a curvature: add one of {', '.join(KINDS)}")
     if not wanted:
         raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
     if weight_sharing not in WEIGHT_SHARING:
@@ -50,6 +57,10 @@ def find_coverage(
     walk = _Walk(wanted, max_factor_size, adapted_weights, _inside_attention(model))
     for name, module in model.named_modules():
         walk.visit(plain_name(name), module)
+    if GRADIENT in wanted:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                walk.rows[walk.first_name[id(parameter)]].statistics.append(GRADIENT)
     aliases = {
         plain_name(name): walk.first_name[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -1,0 +1,353 @@
+"""Refresh: statistics taken again at the merged weights, and a step from there; some rounds of it.
+
+    merged weights -> each task's statistics at them -> merging.refresh_step -> merged weights
+
+Where tasks lie far apart, curvature at each task's own weights is what limits a merge. A refresh
+needs some hundred rows a task, of which labels are needed for the empirical Fisher and for the
+gradient, unless a task's own model stands in for them (labels="teacher"). `measuring` has the two
+halves of a round for parties that do not share their rows.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from mats_lightning.distillation import soft_targets
+from mats_lightning.measuring import statistics_at
+from mats_lightning.merging import MergeResult, refresh_step
+from mats_lightning.merging.mats import objective_kinds
+from mats_lightning.module import MergeModule, load_state
+from mats_lightning.rounds import Folder, Round
+from mats_lightning.sampled import FISHERS, Fisher, LogitsFn
+from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
+from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.record import GRADIENT
+from mats_lightning.tasks import Part, Task
+
+State = dict[str, Tensor]
+LABELS = ("data", "teacher")
+
+
+@dataclass(frozen=True)
+class RefreshPlan:
+    """What a refresh does; all of it is kept in its folder, and most on the model card.
+
+    Arguments:
+        rounds: at most; a round that cannot be kept is the last one.
+        rows: of each task, the same in every round.
+        mix, step, iterations, damping, preconditioner_damping, normalize, objective, kept: of
+            `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping (0.01, say):
+            the gradient of few rows has noise where they have no curvature.
+        fisher: of the curvature: "empirical" or "sampled".
+        labels: of the gradient, and of the empirical Fisher: those of the "data", or what the
+            task's own model predicts ("teacher"; see `distillation.soft_targets`).
+        decay: what the sums of the rounds before count beside a round's own: averages the
+            curvature, not the gradient.
+        tries: steps that a round tries, each half of the one before, until validation is no worse
+            than before the round. After the last the round is taken back.
+        seed: of the choice of rows, and of drawn labels.
+
+    Raises ValueError for values out of range.
+    """
+
+    rounds: int = 1
+    rows: int = 500
+    mix: float = 0.0
+    step: float = 1.0
+    iterations: int = 5
+    damping: float = 0.0
+    preconditioner_damping: float = 1e-3
+    normalize: bool = True
+    objective: str = "kfac"
+    kept: tuple[str, ...] = ()
+    fisher: Fisher = "empirical"
+    labels: Literal["data", "teacher"] = "data"
+    decay: float = 0.0
+    tries: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("rounds", 1), ("rows", 1), ("iterations", 1), ("tries", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
+        for name in ("mix", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
+        if not 0 < self.step < float("inf"):
+            raise ValueError(f"step={self.step}; it must be a positive number")
+        for name, known in (("fisher", FISHERS), ("labels", LABELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
+        if "identity" in objective_kinds(self.objective):
+            raise ValueError(f"objective={self.objective!r} has no statistics to take again")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What is taken of each task."""
+        return (*objective_kinds(self.objective), *(["gradient"] if self.mix > 0 else []))
+
+
+def refresh(
+    module: MergeModule,
+    plan: RefreshPlan | None = None,
+    *,
+    trainer: pl.Trainer | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    logits_fn: LogitsFn | None = None,
+    loaders: Mapping[str, Iterable[Any]] | None = None,
+    progress: bool = True,
+) -> list[Round]:
+    """Merge, then some rounds; the module has the best weights after it, for test and export.
+
+    Each round takes the statistics of every task's training rows at the merged weights (in eval
+    mode), takes the step, and validates. Validation decides by the average of the tasks' primary
+    metrics, higher being better: so no score on these rows is a fair one afterwards.
+
+    Arguments:
+        module: heads stay as they are, merged ones too; weights of the tasks are those of the
+            merge.
+        trainer: for `validate`; one device. The default is a quiet one on what there is.
+        folder: where each round's weights and scores are kept (see `rounds.Folder`). An
+            interrupted refresh goes on from there, in the middle of a round's statistics too.
+        logits_fn: (task's module, batch) -> logits, as in collect_statistics; needed with
+            fisher="sampled" and labels="teacher".
+        loaders: task -> batches to take the statistics from, as they come; for tasks whose data
+            is no LightningDataModule. By default it is the first `rows` of the data module's
+            training rows in an order that depends on `seed` alone.
+
+    Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing,
+    several devices, training loaders that rows cannot be picked from, a folder with another
+    refresh, and what merging and collecting raise.
+    """
+    plan = plan or RefreshPlan()
+    trainer = trainer or _quiet_trainer()
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"the trainer has {trainer.world_size} devices: a refresh takes its statistics on one;"
+            " pass Trainer(devices=1)"
+        )
+    if plan.labels == "teacher" and logits_fn is None:
+        raise ValueError(
+            "labels='teacher' needs the logits of the tasks' modules: pass logits_fn=lambda"
+            " module, batch: ..."
+        )
+    if unknown := sorted(set(loaders or ()) - set(module.tasks)):
+        known = ", ".join(module.tasks)
+        raise ValueError(f"loaders: '{unknown[0]}' is no task; the tasks are {known}")
+    with ExitStack() as stack:
+        if folder is None:
+            folder = stack.enter_context(TemporaryDirectory())
+        return _Refresh(module, plan, trainer, folder, logits_fn, loaders or {}, progress).run()
+
+
+class _Refresh:
+    def __init__(
+        self,
+        module: MergeModule,
+        plan: RefreshPlan,
+        trainer: pl.Trainer,
+        folder: str | os.PathLike[str],
+        logits_fn: LogitsFn | None,
+        loaders: Mapping[str, Iterable[Any]],
+        progress: bool,
+    ) -> None:
+        self.module, self.plan, self.trainer = module, plan, trainer
+        self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
+        self.device = trainer.strategy.root_device
+        self.state: State = {}  # the merged parameters, after the rounds that are done
+        module.merge(self.device, progress)
+        self._put(module.shared_state(), [])  # says so where nothing is merged
+        self.folder = Folder(Path(folder), asdict(plan), self.state)
+
+    def run(self) -> list[Round]:
+        rounds = self.folder.history()
+        if rounds:
+            self._put(self.folder.state(rounds), rounds)
+        else:
+            seconds = {"validation": self._validate()}
+            rounds = [Round(0, 0.0, dict(self.module.scores), {}, seconds)]
+            self.folder.keep(rounds, self.state)
+        while len(rounds) <= self.plan.rounds and (rounds[-1].taken or len(rounds) == 1):
+            rounds.append(self._round(len(rounds), rounds))
+            self.folder.keep(rounds, self.state)
+            self.folder.remove_sidecars(before=len(rounds) - (1 if self.plan.decay else 0))
+            self._put(self.state, rounds)
+            last = rounds[-1]
+            rank_zero_info(
+                f"refresh, round {last.number}: {rounds[-2].average:.4f} -> {last.average:.4f} on"
+                f" validation, "
+                + (f"step {last.step:g}" if last.taken else "every step was worse: taken back")
+            )
+        self.module.scores = dict(rounds[-1].scores)
+        return rounds
+
+    def _round(self, number: int, before: list[Round]) -> Round:
+        """One round from `self.state`, which is then that after it."""
+        statistics = [self._statistics(number, task) for task in self.module.tasks.values()]
+        started = time.perf_counter()
+        result = self._step(statistics)
+        seconds = {
+            "statistics": sum(task.info["seconds"] for task in statistics),
+            "solve": time.perf_counter() - started,
+            "validation": 0.0,
+        }
+        start, step, tried = self.state, self.plan.step, {}
+        for _ in range(self.plan.tries):
+            state = _between(start, result.state_dict, step / self.plan.step)
+            self.module.replace_shared(replace(result, state_dict=state), self._how(before))
+            seconds["validation"] += self._validate()
+            scores = dict(self.module.scores)
+            average = tried[str(step)] = sum(scores.values()) / len(scores)
+            if average >= before[-1].average:
+                self.state = state
+                return Round(number, step, scores, tried, seconds)
+            step /= 2
+        return Round(number, 0.0, before[-1].scores, tried, seconds)
+
+    def _step(self, statistics: list[Statistics]) -> MergeResult:
+        plan, names = self.plan, list(self.state)
+        device = torch.device("cpu") if self.device.type == "mps" else self.device  # no float64
+        return refresh_step(
+            Part(self.state, names, device),
+            statistics,
+            [Part(task.weights, names, device) for task in self.module.tasks.values()],
+            mix=plan.mix,
+            step=plan.step,
+            objective=plan.objective,
+            iterations=plan.iterations,
+            damping=plan.damping,
+            preconditioner_damping=plan.preconditioner_damping,
+            normalize=plan.normalize,
+            kept=plan.kept,
+            weights=list(self.module.task_weights.values()),
+        )
+
+    def _validate(self) -> float:
+        """Puts the scores into the module; the seconds that it took."""
+        started = time.perf_counter()
+        self.trainer.validate(self.module, verbose=False)
+        return time.perf_counter() - started
+
+    def _put(self, state: Mapping[str, Tensor], rounds: list[Round]) -> None:
+        self.state = dict(state)
+        self.module.replace_shared(MergeResult(self.state), self._how(rounds))
+
+    def _how(self, rounds: list[Round]) -> dict[str, Any]:
+        """For the model card."""
+        plan = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan).items()}
+        return plan | {"rounds": sum(done.taken for done in rounds)}
+
+    # -- statistics ----------------------------------------------------------------------------
+
+    def _statistics(self, number: int, task: Task) -> Statistics:
+        """Of one task at `self.state`: those in the folder, or taken now."""
+        path = self.folder.sidecar(number, task.name)
+        if not path.exists():
+            started = time.perf_counter()
+            found = self._collected(task)
+            before = self.folder.sidecar(number - 1, task.name)
+            if self.plan.decay and before.exists():
+                found = _with_older(found, load_statistics(before), self.plan.decay)
+            found.info["seconds"] = time.perf_counter() - started
+            save_statistics(found, path)
+        statistics = load_statistics(path)
+        check_belongs(statistics, self.state, f"{path}, of a round that was interrupted")
+        return statistics
+
+    def _collected(self, task: Task) -> Statistics:
+        plan = self.plan
+        options: dict[str, Any] = {}
+        if plan.fisher == "sampled":
+            options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
+        with self._on_device(task.module):
+            if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
+                assert self.logits_fn is not None
+                teacher = copy.deepcopy(task.module)
+                load_state(teacher, task.weights)
+                options["loss_fn"] = soft_targets(teacher, self.logits_fn)
+            return statistics_at(
+                task.module,
+                self.state,
+                self._batches(task),
+                plan.statistics,
+                max_examples=plan.rows,
+                progress=self.progress,
+                **options,
+            )
+
+    def _batches(self, task: Task) -> Iterable[Any]:
+        if task.name in self.loaders:
+            return self.loaders[task.name]
+        loader = task.dataloader("fit", self.trainer)
+        try:
+            return first_rows(loader, self.plan.rows, self.plan.seed)
+        except ValueError as error:
+            raise ValueError(f"task '{task.name}': {error}") from error
+
+    @contextmanager
+    def _on_device(self, module: pl.LightningModule) -> Iterator[None]:
+        """The trainer leaves modules on the CPU."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.cpu()
+
+
+def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
+    """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
+
+    However the loader shuffles. Raises ValueError for a loader that rows cannot be picked from.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Sized) or getattr(loader, "batch_size", None) is None:
+        raise ValueError(
+            f"rows cannot be picked out of its training loader, a {type(loader).__name__}: a"
+            " DataLoader with a batch size over a data set with a length is needed; or pass"
+            " loaders={name: batches}"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    chosen: Subset[Any] = Subset(loader.dataset, order[:rows].tolist())
+    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _with_older(found: Statistics, older: Statistics, decay: float) -> Statistics:
+    """Curvature of both, the older one's counts times `decay`; the gradient of the new one."""
+    total = found + older.faded(decay)
+    assert isinstance(total.tensors, dict)
+    for name in found.gradient:
+        key = f"{GRADIENT}/{name}"
+        total.tensors[key] = found.tensors[key] * (total.examples / found.examples)
+    return total
+
+
+def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> State:
+    """before + share (after - before); `after` itself for a share of 1, and what is no number."""
+    if share == 1:
+        return dict(after)
+    return {
+        name: before[name].to(value).lerp(value, share) if value.is_floating_point() else value
+        for name, value in after.items()
+    }
+
+
+def _quiet_trainer() -> pl.Trainer:
+    return pl.Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )

@@ -1,0 +1,105 @@
+"""The record of a refresh: its rounds, and the folder in which they are kept."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torch import Tensor
+
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.measuring import save_state
+from mats_lightning.sidecar import SUFFIX, digest, write_atomically
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did; number 0 is the merge that was there before."""
+
+    number: int
+    step: float  # that was taken; 0 where every one that was tried made validation worse
+    scores: dict[str, float]  # task -> primary metric on validation, after the round
+    tried: dict[str, float]  # step -> average on validation
+    seconds: dict[str, float] = field(default_factory=dict)  # statistics, solve, validation
+
+    @property
+    def average(self) -> float:
+        return sum(self.scores.values()) / len(self.scores)
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights are others after it."""
+        return self.step > 0
+
+
+class Folder:
+    """`history.json`, `round-<n>.safetensors` for each round that was taken, and below
+    `statistics/` the sidecars of the round under way.
+
+    Raises ValueError, in `history`, where it holds rounds of another plan (`rounds` aside: more of
+    them may follow), or from other weights than `start`.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Any], start: Mapping[str, Tensor]) -> None:
+        self.path = path
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as the file gives it back
+        self.start = _of_state(start)
+
+    def history(self) -> list[Round]:
+        """The rounds that are done; none in a new folder."""
+        file = self.path / "history.json"
+        if not file.exists():
+            return []
+        known = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in self.plan.items():
+            if name != "rounds" and known["plan"].get(name) != value:
+                raise ValueError(
+                    f"{self.path} holds a refresh with {name}={known['plan'].get(name)!r}, and this"
+                    f" one has {value!r}: give the same plan to go on, or another folder"
+                )
+        if known["start"] != self.start:
+            raise ValueError(
+                f"{self.path} holds a refresh that started from other merged weights: merge as"
+                " before to go on, or give another folder"
+            )
+        return [Round(**fields) for fields in known["rounds"]]
+
+    def keep(self, rounds: list[Round], state: Mapping[str, Tensor]) -> None:
+        """Write the state after the last of these rounds, and then the record of all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if rounds[-1].taken or not rounds[-1].number:
+            save_state(state, self.weights(rounds[-1].number))
+        done = [asdict(round_) for round_ in rounds]
+        text = json.dumps({"plan": self.plan, "start": self.start, "rounds": done}, indent=2)
+
+        def write(file: Path) -> None:
+            file.write_text(f"{text}\n", encoding="utf-8")
+
+        write_atomically(self.path / "history.json", write)
+
+    def weights(self, number: int) -> Path:
+        return self.path / f"round-{number}.safetensors"
+
+    def state(self, rounds: list[Round]) -> dict[str, Tensor]:
+        """The merged weights after these rounds."""
+        last = max(done.number for done in rounds if done.taken or not done.number)
+        return dict(load_weights(self.weights(last)))
+
+    def sidecar(self, number: int, task: str) -> Path:
+        folder = self.path / "statistics"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{number}-{quote(task, safe='')}{SUFFIX}"
+
+    def remove_sidecars(self, before: int) -> None:
+        """Those of the rounds before this one."""
+        for file in (self.path / "statistics").glob(f"*{SUFFIX}"):
+            if int(file.name.partition("-")[0]) < before:
+                file.unlink()
+
+
+def _of_state(state: Mapping[str, Tensor]) -> str:
+    text = json.dumps(digest(state), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""Check the claims of the MaTS paper (arXiv 2312.04339), a setting at a time:
+
+    python recipes/paper.py --setting text_full           # recipes/paper/text_full.yaml
+    python recipes/paper.py --setting text_full --fast    # tiny: that everything runs
+    python recipes/paper.py --setting my.yaml --tables methods starts --seeds 0
+    python recipes/paper.py --setting text_full --report_only
+
+Each finished cell (one merge, evaluated on one split) is kept in <output_dir>/cells, so that a run
+that is killed goes on where it was, and settings with the same fine-tunes and output_dir share
+them. `--again` forgets those of the tables and seeds that are run. The results of the whole
+setting, whatever was run of it, are written to <results> from what is on disk, a cell that is
+not there as "missing": <setting>.csv (a line a cell), <setting>.md (the tables), figures.
+"""
+
+import argparse
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench import Steps
+from merge import quiet_lightning
+from paper_cost import CostTable
+from paper_figures import write_figures
+from paper_intermediate import TransferTable
+from paper_report import tables_in, write_long, write_text
+from paper_seeds import Seed
+from paper_settings import TABLES, Setting, read_setting
+from paper_tables import AblationTable, MethodTable, Record, StartTable, Table
+from rich.console import Console
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def main(args: Sequence[str] | None = None) -> list[Record]:
+    """Everything, in its order; returns the lines of the long table."""
+    asked = arguments().parse_args(args)
+    try:
+        name, setting = read_setting(asked.setting, asked.fast)
+        tables = checked("tables", asked.tables, setting.tables)
+        numbers = checked("seeds", asked.seeds, setting.seeds)
+    except ValueError as error:
+        arguments().error(str(error))
+    if asked.output_dir is not None:
+        setting.options["output_dir"] = asked.output_dir
+    quiet_lightning()
+    print(f"{name}: reading the tasks of {len(setting.seeds)} seeds")
+    seeds = [Seed(setting, number) for number in setting.seeds]
+    all_tables = {seed: tables_of(setting, seed) for seed in seeds}
+    if not asked.report_only:
+        chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}
+        measure(
+            {
+                seed: [own[table] for table in tables if table in own]
+                for seed, own in chosen.items()
+            },
+            asked.again,
+        )
+    named = asked.setting == name and not asked.fast
+    folder = asked.results or (RESULTS if named else seeds[0].options.output_dir / "results")
+    return report(name, all_tables, seeds[0].tasks, folder)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paper.py", description=__doc__.partition("\n")[0][:-1])
+    parser.add_argument("--setting", required=True, help="of recipes/paper, or a YAML file")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, help="default: all of the setting")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the setting")
+    parser.add_argument("--fast", action="store_true", help="tiny slices, grids and one seed")
+    parser.add_argument("--output_dir", help="over that of the setting")
+    parser.add_argument("--results", type=Path, help="the folder of the results")
+    parser.add_argument("--report_only", action="store_true", help="measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure what is there again, too")
+    return parser
+
+
+def checked(what: str, asked: list | None, known: Sequence) -> list:
+    """What is asked for of what the setting has; raises ValueError for something else."""
+    if odd := [entry for entry in asked or [] if entry not in known]:
+        names = ", ".join(map(str, known))
+        raise ValueError(f"{what}: the setting has no {odd[0]}, it has {names}; say it in its YAML")
+    return [entry for entry in known if entry in (asked or known)]
+
+
+def tables_of(setting: Setting, seed: Seed) -> dict[str, Table]:
+    """Those of a seed: all for the setting's first one, for others those that are over seeds."""
+    found: dict[str, Table] = {}
+    first = seed.seed == setting.seeds[0]
+    if setting.methods:
+        found["methods"] = MethodTable(setting, seed)
+    if setting.starts is not None and first:
+        found["starts"] = StartTable(setting, setting.starts, seed)
+    if setting.ablations is not None and first:
+        found["ablations"] = AblationTable(setting.ablations, seed)
+    if setting.cost is not None and first:
+        found["cost"] = CostTable(setting, setting.cost, seed)
+    if setting.intermediate is not None:
+        found["intermediate"] = TransferTable(setting.intermediate, seed)
+    return found
+
+
+def measure(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
+    """What is missing of the tables, a seed after the other."""
+    with Steps() as steps:
+        for table in itertools.chain.from_iterable(seeds.values()):
+            if again:
+                table.forget()
+            steps.expect(*table.steps_left())
+        for seed, tables in seeds.items():
+            steps.say(f"seed {seed.seed}")
+            for table in tables:
+                table.run(steps)
+            seed.let_go()
+
+
+def report(
+    name: str, seeds: Mapping[Seed, Mapping[str, Table]], tasks: Sequence[str], folder: Path
+) -> list[Record]:
+    """Write what is on disk; returns it."""
+    found = [r for tables in seeds.values() for table in tables.values() for r in table.records()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_long(found, tasks, folder / f"{name}.csv")
+    figures = write_figures(found, tasks, folder, name)
+    missing = sum(record.cell is None for record in found)
+    begin = f"{len(found) - missing} of {len(found)} cells are measured."
+    parts = [f"# {name}\n\n{begin}\n", *map(str, tables_in(found, tasks))]
+    parts += [f"![{path.stem}]({path.name})\n" for path in figures]
+    write_text(folder / f"{name}.md", "\n".join(parts))
+    Console().print(f"{begin} The results are in {folder}", soft_wrap=True, highlight=False)
+    return found
+
+
+if __name__ == "__main__":
+    main()

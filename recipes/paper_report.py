@@ -1,0 +1,258 @@
+"""The results of a setting from its records: long CSV, and tables in Markdown.
+
+What has not been measured stands there as "missing". A score of several seeds is their mean, with
+the lowest and the highest of them behind it.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench import Cell
+from compare import REFERENCES
+from paper_tables import Record
+
+__all__ = ["MISSING", "tables_in", "write_long", "write_text"]
+
+MISSING = "missing"
+FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
+MEASURED = (
+    "average",
+    "relative",
+    "merge_seconds",
+    "merge_iterations",
+    "evaluation_seconds",
+    "residual",
+    "flops",
+    "seconds",
+)
+
+
+# -- the long table ------------------------------------------------------------------------------
+
+
+def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> None:
+    """A line a cell: which it is, whether it is "measured" or "missing", the scores, the seconds.
+
+    `relative` is the mean over tasks of the score over that of the individual models, of the same
+    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`. `seconds` are
+    of what the table of the cost counts.
+    """
+    individual = {
+        record.seed: record.cell
+        for record in records
+        if record.table == "methods" and record.label == "individual"
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
+        writer.writeheader()
+        for record in records:
+            row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}
+            row["status"] = MISSING if record.cell is None else "measured"
+            if record.cell is not None:
+                row |= measured(record, individual.get(record.seed))
+            writer.writerow(row)
+    temporary.replace(path)
+
+
+def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
+    cell = record.cell
+    assert cell is not None
+    row: dict[str, Any] = {**cell.scores, "residual": cell.residual, "flops": cell.flops}
+    if cell.scores:
+        row["average"] = cell.average
+    row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
+    if cell.merge_seconds:
+        row["merge_seconds"] = cell.merge_seconds
+    if cell.merge_iterations:
+        row["merge_iterations"] = cell.merge_iterations
+    if individual is not None and record.split == "test" and record.table == "methods":
+        row["relative"] = relative(cell, individual)
+    return row
+
+
+def relative(cell: Cell, individual: Cell) -> float:
+    """Mean over tasks of score / individual score."""
+    return mean(cell.scores[name] / score for name, score in individual.scores.items())
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, what to say of it, and its lines, the header first."""
+
+    title: str
+    text: str
+    lines: list[list[str]]
+
+    def __str__(self) -> str:
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+
+        header, *rest = self.lines
+        rule = [":--"] + ["--:"] * (len(header) - 1)
+        return f"## {self.title}\n\n{self.text}\n\n" + "".join(map(line, [header, rule, *rest]))
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean (lowest to highest), and of how many where some are missing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return MISSING
+    text = f"{mean(known):.3f}"
+    if len(known) > 1:
+        text += f" ({min(known):.3f} to {max(known):.3f})"
+    return text if len(known) == len(values) else f"{text}, {len(values) - len(known)} {MISSING}"
+
+
+def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+    """Test scores over the seeds, then of each seed."""
+    tested = [r for r in records if r.table == "methods" and r.split == "test"]
+    seeds = sorted({record.seed for record in tested})
+    labels = list(dict.fromkeys(record.label for record in tested))
+    of = {(record.seed, record.label): record for record in tested}
+
+    def each(label: str, value: Callable[[Cell, int], float | None]) -> list[float | None]:
+        cells = [(of[seed, label].cell, seed) for seed in seeds]
+        return [None if cell is None else value(cell, seed) for cell, seed in cells]
+
+    def to_individual(cell: Cell, seed: int) -> float | None:
+        individual = of[seed, "individual"].cell
+        return None if individual is None else relative(cell, individual)
+
+    lines = [["method", *tasks, "average", "relative"]]
+    for label in labels:
+        scores = [spread(each(label, score_on(task))) for task in tasks]
+        averages = spread(each(label, lambda cell, seed: cell.average))
+        lines.append([label, *scores, averages, spread(each(label, to_individual))])
+    text = (
+        f"Test rows; settings chosen on validation rows; seeds {', '.join(map(str, seeds))}: mean "
+        "(lowest to highest). relative: the mean over tasks of score / individual."
+    )
+    tables = [Table("Methods", text, lines)]
+    for seed in seeds:
+        lines = [["method", "settings", *tasks, "average", "relative", "s of merging"]]
+        for label in labels:
+            record = of[seed, label]
+            numbers = [MISSING] * (len(tasks) + 3)
+            seconds = label not in REFERENCES
+            if (cell := record.cell) is not None:
+                own = to_individual(cell, seed)
+                numbers = [f"{cell.scores[task]:.3f}" for task in tasks]
+                numbers += [f"{cell.average:.3f}", MISSING if own is None else f"{own:.3f}"]
+                numbers.append(f"{cell.merge_seconds:.1f}" if seconds else "")
+            lines.append([label, record.words, *numbers])
+        text = (
+            "Test rows. The seconds are of the merge, up to the last iterations of its grid, or of "
+            "multitask training."
+        )
+        tables.append(Table(f"Methods, seed {seed}", text, lines))
+    return tables
+
+
+def score_on(task: str) -> Callable[[Cell, int], float | None]:
+    return lambda cell, seed: cell.scores[task]
+
+
+def start_tables(records: Sequence[Record]) -> list[Table]:
+    """A table an objective and solver: starts by iterations."""
+    found = [record for record in records if record.table == "starts"]
+    tables = []
+    for label in dict.fromkeys(record.label for record in found):
+        own = [record for record in found if record.label == label]
+        cells = {(record.settings, record.iterations): record.cell for record in own}
+        counts = list(dict.fromkeys(count for _, count in cells))
+        lines = [["start", *(f"{count} iterations" for count in counts)]]
+        for start in dict.fromkeys(start for start, _ in cells):
+            lines.append([start.removeprefix("start "), *(score(cells[start, n]) for n in counts)])
+        text = f"Average on validation rows, seed {found[0].seed}."
+        tables.append(Table(f"Starts: {label}", text, lines))
+    return tables
+
+
+def ablation_tables(records: Sequence[Record]) -> list[Table]:
+    """A line a baseline, and a line a change of it."""
+    found = [record for record in records if record.table == "ablations"]
+    if not found:
+        return []
+    lines = [["baseline", "changed", "average", "difference", "median residual"]]
+    baseline: Cell | None = None
+    for record in found:
+        cell = record.cell
+        if not record.settings:
+            baseline = cell
+        difference = ""
+        if record.settings and cell is not None and baseline is not None:
+            difference = f"{cell.average - baseline.average:+.3f}"
+        residual = "" if cell is None or cell.residual is None else f"{cell.residual:.1e}"
+        lines.append([record.label, record.settings, score(cell), difference, residual])
+    text = f"Average on validation rows, seed {found[0].seed}; one thing changed at a time."
+    return [Table("Ablations", text, lines)]
+
+
+def score(cell: Cell | None) -> str:
+    return MISSING if cell is None else f"{cell.average:.3f}"
+
+
+def cost_tables(records: Sequence[Record]) -> list[Table]:
+    """A line for each thing that was counted."""
+    found = [record for record in records if record.table == "cost"]
+    if not found:
+        return []
+    lines = [["what", "settings", "TFLOP", "seconds"]]
+    for record in found:
+        cell = record.cell
+        numbers = [MISSING, MISSING]
+        if cell is not None:
+            numbers = [f"{(cell.flops or 0) / 1e12:.3g}", f"{cell.seconds:.1f}"]
+        lines.append([record.label, record.words, *numbers])
+    text = (
+        f"Of all tasks together, seed {found[0].seed}. FLOPs of matrix products and convolutions "
+        "alone: decompositions and what goes over the numbers one by one are not counted."
+    )
+    return [Table("Cost", text, lines)]
+
+
+def transfer_tables(records: Sequence[Record]) -> list[Table]:
+    """A line a target and donor: the target alone, each method's best weight, all of its rows."""
+    found = [r for r in records if r.table == "intermediate" and r.split == "test"]
+    if not found:
+        return []
+    seeds = sorted({record.seed for record in found})
+    of = {(record.seed, record.case, record.label): record.cell for record in found}
+    pairs = [case for case in dict.fromkeys(r.case for r in found) if ", donor " in case]
+    ends = ("alone", "alone, all rows")
+    labels = [label for label in dict.fromkeys(r.label for r in found) if label not in ends]
+    lines = [["target", "donor", ends[0], *labels, ends[1]]]
+    for pair in pairs:
+        target, _, donor = pair.partition(", donor ")
+        cases = [(target, ends[0]), *((pair, label) for label in labels), (target, ends[1])]
+        cells = [[of[seed, case, label] for seed in seeds] for case, label in cases]
+        scores = [spread([None if c is None else c.average for c in column]) for column in cells]
+        lines.append([target.removeprefix("target "), donor, *scores])
+    text = (
+        "The target's score on its test rows; the donor's weight is chosen on the target's "
+        f"validation rows; seeds {', '.join(map(str, seeds))}: mean (lowest to highest)."
+    )
+    return [Table("Intermediate tasks", text, lines)]
+
+
+def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+    """All tables that there are records of."""
+    tables = method_tables(records, tasks) if any(r.table == "methods" for r in records) else []
+    tables += [*start_tables(records), *ablation_tables(records), *cost_tables(records)]
+    return [*tables, *transfer_tables(records)]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

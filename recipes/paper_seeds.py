@@ -1,0 +1,168 @@
+"""One seed of a setting: where its measurements are, before anything is trained; and its bench."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from bench import Bench, Cell, Merge, Steps, find_cell
+from cells import Cells, rows_digest
+from merge import starts
+from merge_options import Options, options_of
+from multitask import multitask_folder, multitask_scores, train_multitask
+from paper_settings import Setting
+from torch import Tensor
+from train_tasks import folder_of, task_data, task_folder, task_module, task_settings, train_task
+
+from mats_lightning import Task, collect_statistics, save_statistics
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.sidecar import sidecar_path
+
+__all__ = ["Seed", "Suite", "cells_of"]
+
+
+class Suite:
+    """Tasks of one set of options: what their cells are called, and their fine-tunes.
+
+    Nothing is trained before `bench` or `task` asks for it.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.data = {task: task_data(options, task) for task in options.task_list}
+        self.settings = {
+            task: task_settings(options, task, data, task_module(options, task, data))
+            for task, data in self.data.items()
+        }
+        self.by_name = {task.name: task for task in self.data}
+        self._trained: dict[str, Task] = {}
+
+    def about(self, name: str) -> tuple[str, str]:
+        """The fine-tune's folder, and a digest of the rows it is evaluated on."""
+        task = self.by_name[name]
+        folder = task_folder(self.options, task, self.settings[task])
+        return folder.name, rows_digest(self.data[task])
+
+    def task(self, name: str, steps: Steps) -> Task:
+        """A fine-tuned task: from disk, or trained now."""
+        if name not in self._trained:
+            task = self.by_name[name]
+            with steps.paused():
+                trained = train_task(self.options, task, self.data[task])
+            self._trained[name] = replace(self.start(name), checkpoint=trained.checkpoint)
+        return self._trained[name]
+
+    def start(self, name: str) -> Task:
+        """The task before training."""
+        task = self.by_name[name]
+        data = self.data[task]
+        module = task_module(self.options, task, data)
+        return Task(name, module, "not trained", data, head_group=task.head_group)
+
+    def let_go(self) -> None:
+        """Of the models, which are on disk."""
+        self._trained.clear()
+
+
+class Seed:
+    """One seed of a setting.
+
+    Args:
+        setting: the file.
+        seed: takes the place of the options' seed.
+    """
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.seed = seed
+        self.options = options_of({**setting.options, "seed": seed})
+        self.suite = Suite(self.options)
+        self.tasks = list(self.suite.by_name)
+        self.cells = cells_of(self.options, [self.suite.about(name) for name in self.tasks])
+        self.multitask = multitask_folder(self.options, self.suite.settings)[0].name
+
+    def find(self, merge: Merge, count: int, split: str) -> Cell | None:
+        return find_cell(self.cells, merge, count, split)
+
+    @cached_property
+    def starts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """As merge.py's: of new modules, since merges go into those of the tasks."""
+        return starts([self.suite.start(name) for name in self.tasks])
+
+    def multitask_cell(self) -> Cell | None:
+        """Test scores of multitask training, where they are on disk."""
+        found = self.cells.find(self.multitask_key)
+        return None if found is None else Cell(**found)
+
+    @property
+    def multitask_key(self) -> dict[str, Any]:
+        return {"method": "multitask", "training": self.multitask, "split": "test"}
+
+    def measure_multitask(self, steps: Steps) -> None:
+        """Train it, where it is not there, and test it; `merge_seconds` are those of training."""
+        with steps.paused():
+            trained = train_multitask(self.options, self.suite.data, self.suite.settings)
+        scores, seconds = steps.run(
+            "multitask: test", multitask_scores, self.options, self.suite.data, trained
+        )
+        cell = Cell(scores, seconds, merge_seconds=trained.seconds)
+        self.cells.keep(self.multitask_key, asdict(cell))
+
+    def bench(self, steps: Steps) -> Bench:
+        """All tasks of the suite; trains those that are missing."""
+        tasks = [self.suite.task(name, steps) for name in self.tasks]
+        return Bench(
+            tasks,
+            *self.starts,
+            self.options.accelerator,
+            self.cells,
+            steps,
+            collect=self.collected,
+        )
+
+    def let_go(self) -> None:
+        """Of the models, which are on disk."""
+        self.suite.let_go()
+        self.__dict__.pop("starts", None)  # cached
+
+    def collected(self, task: Task, settings: Mapping[str, Any]) -> Path:
+        """Statistics of the final weights on the first training rows, beside the checkpoint.
+
+        `settings` are arguments of collect_statistics, and `rows`. Kept under a name with a
+        digest of them.
+
+        Raises ValueError for more rows than there are.
+        """
+        digest = folder_of(Path(task.checkpoint).parent, "statistics", dict(settings)).name
+        path = sidecar_path(f"{task.checkpoint}.{digest}")
+        if path.exists():
+            return path
+        arguments = dict(settings)
+        rows = arguments.pop("rows")
+        options = replace(self.options, train_rows=rows)  # the first rows of the same split
+        described = self.suite.by_name[task.name]
+        data = task_data(options, described)
+        if len(data.rows["train"]) < rows or rows > (self.options.train_rows or rows):
+            raise ValueError(
+                f"statistics of {rows} rows: {task.name} was trained on"
+                f" {len(self.suite.data[described].rows['train'])}"
+            )
+        data.setup("fit")
+        L.seed_everything(self.options.seed, verbose=False)  # of the order of the rows
+        module = task_module(options, described, data)
+        module.load_state_dict(dict(load_weights(task.checkpoint)))
+        if arguments.get("fisher") == "sampled":
+            arguments["logits_fn"] = lambda module, batch: module(batch)
+        found = collect_statistics(module, data.train_dataloader(), progress=False, **arguments)
+        save_statistics(found, path)
+        return path
+
+
+def cells_of(options: Options, about: Sequence[tuple[str, str]], only: str | None = None) -> Cells:
+    """As about_tasks has it for tasks that are trained; `only` is the one that is scored."""
+    folders, rows = zip(*about, strict=True)
+    shared: dict[str, Any] = {"fine-tunes": list(folders), "rows": list(rows)}
+    if only is not None:
+        shared["only"] = only
+    return Cells(options.output_dir / "cells", shared)

@@ -1,0 +1,276 @@
+"""The tables of a setting for one seed: what each needs to be measured, and doing it.
+
+A table is an object with four methods: `records`, what is on disk and what is missing, in the same
+order whether it is finished or not; `steps_left`, how far it is; `run`; and `forget`. The cost and
+the intermediate tasks are in files of their own.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from bench import Bench, Cell, Find, Merge, Opened, Steps
+from cells import Cells
+from compare import REFERENCES, Comparison, choose, merges_of, steps_of
+from merge_options import MethodOptions
+from paper_seeds import Seed
+from paper_settings import Ablations, Setting, Starts
+from typing_extensions import override
+
+__all__ = [
+    "AblationTable",
+    "MethodTable",
+    "Record",
+    "StartTable",
+    "Table",
+    "added",
+    "forget_methods",
+    "method_records",
+]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the long table; `cell` is None where it has not been measured.
+
+    `case` tells tables in a table apart: the target and the donor of intermediate tasks.
+    """
+
+    seed: int
+    table: str
+    case: str
+    label: str
+    settings: str
+    iterations: int
+    split: str
+    cell: Cell | None
+
+    @property
+    def words(self) -> str:
+        count = f"iterations {self.iterations}" if self.iterations else ""
+        return ", ".join(filter(None, (self.settings, count)))
+
+
+class Table(Protocol):
+    """What paper.py does with any table of one seed."""
+
+    def records(self) -> Iterator[Record]: ...
+
+    def steps_left(self) -> tuple[int, int]:
+        """How many steps it takes, and how many of them are on disk."""
+        ...
+
+    def run(self, steps: Steps) -> None:
+        """Measure what is missing."""
+        ...
+
+    def forget(self) -> None:
+        """Drop its cells, to measure them again."""
+        ...
+
+
+def described(options: Mapping[str, Any]) -> str:
+    """Options in words: "scale 0.4, averaged embeddings"."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return " ".join(f"{name} {said(entry)}" for name, entry in value.items())
+        if isinstance(value, list):
+            return " ".join(map(said, value)) or "nothing"
+        return str(value)
+
+    return ", ".join(f"{name} {said(value)}" for name, value in options.items())
+
+
+def method_records(
+    methods: Mapping[str, MethodOptions], find: Find, seed: int, table: str, case: str = ""
+) -> Iterator[Record]:
+    """Each point of each grid on validation, and what is best there on test."""
+    for label, method in methods.items():
+
+        def record(
+            split: str,
+            merge: Merge,
+            count: int,
+            label: str = label,
+            grid: Mapping[str, Any] = method.grid,
+        ) -> Record:
+            tried = {name: value for name, value in merge.options.items() if name in grid}
+            cell = find(merge, count, split)
+            return Record(seed, table, case, label, described(tried), count, split, cell)
+
+        merges = list(merges_of(method))
+        if method.method in REFERENCES:
+            yield record("test", merges[0], 0)
+            continue
+        for merge in merges:
+            for count in merge.counts:
+                yield record("validation", merge, count)
+        if (chosen := choose(find, merges)) is not None:
+            yield record("test", *chosen[:2])
+        else:
+            yield Record(seed, table, case, label, "not chosen yet", 0, "test", None)
+
+
+def forget_methods(methods: Mapping[str, MethodOptions], cells: Cells) -> None:
+    for method in methods.values():
+        for merge in merges_of(method):
+            splits = ("validation", "test")
+            cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
+
+
+class MethodTable:
+    """All methods, chosen on validation and tested, and multitask training."""
+
+    def __init__(self, setting: Setting, seed: Seed) -> None:
+        self.seed, self.multitask = seed, setting.multitask
+        self.methods = {"individual": MethodOptions("individual"), **setting.methods}
+
+    def records(self) -> Iterator[Record]:
+        number = self.seed.seed
+        yield from method_records(self.methods, self.seed.find, number, "methods")
+        if self.multitask:
+            cell = self.seed.multitask_cell()
+            yield Record(number, "methods", "", "multitask", "", 0, "test", cell)
+
+    def steps_left(self) -> tuple[int, int]:
+        counted = [steps_of(self.seed.find, method) for method in self.methods.values()]
+        if self.multitask:
+            counted.append((1, int(self.seed.multitask_cell() is not None)))
+        return added(counted)
+
+    def run(self, steps: Steps) -> None:
+        comparison = Comparison(self.seed.bench(steps))
+        for label, method in self.methods.items():
+            comparison.compare(label, method)
+        if self.multitask and self.seed.multitask_cell() is None:
+            self.seed.measure_multitask(steps)
+
+    def forget(self) -> None:
+        forget_methods(self.methods, self.seed.cells)
+        self.seed.cells.forget([self.seed.multitask_key])
+
+
+def added(counted: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(total for total, _ in counted), sum(done for _, done in counted)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A merge whose states are measured; None where it depends on a choice not made yet."""
+
+    label: str
+    settings: str
+    merge: Merge | None
+    counts: tuple[int, ...]
+
+
+class LineTable:
+    """A table of merges that are evaluated on validation rows, with nothing to choose."""
+
+    name: str
+
+    def __init__(self, seed: Seed) -> None:
+        self.seed = seed
+
+    @abstractmethod
+    def lines(self) -> Iterator[Line]:
+        """The merges, in the order of the table."""
+
+    def records(self) -> Iterator[Record]:
+        for line in self.lines():
+            for n in line.counts:
+                cell = None if line.merge is None else self.seed.find(line.merge, n, "validation")
+                about = (self.seed.seed, self.name, "", line.label, line.settings)
+                yield Record(*about, n, "validation", cell)
+
+    def steps_left(self) -> tuple[int, int]:
+        return added([self._steps(line.merge, line.counts) for line in self.lines()])
+
+    def _steps(self, merge: Merge | None, counts: tuple[int, ...]) -> tuple[int, int]:
+        """One for the merge, and one for each of its counts."""
+        cells = [merge and self.seed.find(merge, count, "validation") for count in counts]
+        known = sum(cell is not None for cell in cells)
+        return 1 + len(counts), known + (known == len(counts))
+
+    def run(self, steps: Steps) -> None:
+        bench = self.seed.bench(steps)
+        for line in self.lines():
+            assert line.merge is not None
+            measure(bench, ", ".join(filter(None, (line.label, line.settings))), line.merge)
+
+    def forget(self) -> None:
+        for line in self.lines():
+            if line.merge is not None:
+                self.seed.cells.forget(line.merge.key(n, "validation") for n in line.counts)
+
+
+def measure(bench: Bench, label: str, merge: Merge) -> None:
+    """All counts of one merge, on validation rows."""
+    opened = Opened(bench, merge, label)
+    for count in merge.counts:
+        opened.cell(count, "validation")
+
+
+class StartTable(LineTable):
+    """Objectives x solvers x starts; the starts' settings are those chosen among the methods."""
+
+    name = "starts"
+
+    def __init__(self, setting: Setting, starts: Starts, seed: Seed) -> None:
+        super().__init__(seed)
+        self.starts = starts
+        self.methods = {label: setting.methods[label] for label in starts.labels}
+
+    @override
+    def lines(self) -> Iterator[Line]:
+        for objective in self.starts.objectives:
+            for solver, how in self.starts.solvers.items():
+                options = {"objective": objective, **self.starts.options, **how.options}
+                counts = tuple(how.iterations)
+                for label, method in self.methods.items():
+                    merge = self._from(method, Merge("mats", options, counts))
+                    yield Line(f"{objective}, {solver}", f"start {label}", merge, counts)
+
+    def _from(self, method: MethodOptions, merge: Merge) -> Merge | None:
+        """The merge with its start; None where the start's settings are not chosen yet."""
+        if method.method in ("average", "pretrained"):
+            return replace(merge, options={**merge.options, "init": method.method})
+        chosen = choose(self.seed.find, list(merges_of(method)))
+        if chosen is None:
+            return None
+        start, count, _ = chosen
+        return replace(merge, start=replace(start, counts=(count,)))
+
+    @override
+    def run(self, steps: Steps) -> None:
+        bench = self.seed.bench(steps)
+        for label, method in self.methods.items():
+            if method.method not in REFERENCES:
+                for merge in merges_of(method):
+                    total, done = self._steps(merge, merge.counts)
+                    steps.expect(total - done)
+                    measure(bench, label, merge)
+        super().run(steps)
+
+
+class AblationTable(LineTable):
+    """Each baseline, and behind it what is changed of it."""
+
+    name = "ablations"
+
+    def __init__(self, ablations: Ablations, seed: Seed) -> None:
+        super().__init__(seed)
+        self.ablations = ablations
+
+    @override
+    def lines(self) -> Iterator[Line]:
+        for name, method in self.ablations.baselines.items():
+            (merge,) = merges_of(method)
+            yield Line(name, "", merge, merge.counts)
+            for change in self.ablations.changes:
+                if change.baseline == name:
+                    options = {**merge.options, **change.options}
+                    changed = replace(merge, options=options, statistics=change.statistics)
+                    yield Line(name, change.label, changed, merge.counts)

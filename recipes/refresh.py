@@ -1,0 +1,242 @@
+"""Merge, then refresh: statistics taken again at the merged weights, and a step from there.
+
+    python recipes/refresh.py                                    # seven text tasks, MiniLM
+    python recipes/refresh.py --fast                             # the same on smaller slices
+    python recipes/refresh.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
+    python recipes/refresh.py --plan.rounds 3 --plan.rows 200    # any field of RefreshPlan
+    python recipes/refresh.py --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
+    python recipes/refresh.py --rivals                           # and what training would reach
+
+It takes the options of merge.py, and its fine-tunes where they are there. The merge is the row of
+`methods` that `--method` names, with the settings that merge.py has chosen, or else they are chosen
+now, on the validation rows. Rounds are kept or taken back by the validation rows too; the table is
+on the test rows, which nothing looks at before.
+
+    <output_dir>/refresh/results.md, results.csv, results.json, seconds.png
+                         rounds-2c81f0aa/                        as mats_lightning.rounds says
+
+An interrupted refresh goes on where it was.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from compare import Comparison, Outcome, evaluate
+from jsonargparse import ArgumentParser
+from merge import finetuned_tasks, peak_memory, quiet_lightning, starts
+from merge_options import MethodOptions, Options, parse_options
+from refresh_rivals import train_rivals
+from train_tasks import folder_of, write_json
+
+from mats_lightning import MergeModule, RefreshPlan, Task, refresh
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.merging import MergeResult
+from mats_lightning.report import (
+    Row,
+    average,
+    plot_seconds,
+    print_table,
+    relative,
+    write_csv,
+    write_markdown,
+)
+from mats_lightning.rounds import Round
+
+# options of merge.py that do not decide what a merge of one method gives
+OF_NO_EFFECT = ("methods", "output_dir", "accelerator")
+
+
+@dataclass
+class RefreshOptions:
+    """What is set here beside the options of merge.py.
+
+    Args:
+        plan: of the refresh; its `kept` is by default what the merge averages.
+        method: label of the merge in `methods`.
+        rivals: also train on the same rows: all tasks together from the start, and from the merged
+            weights for the seconds that the refresh took.
+    """
+
+    plan: RefreshPlan = field(default_factory=RefreshPlan)
+    method: str = "MaTS kfac, preconditioned"
+    rivals: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    row: Row
+    seconds: float | None  # since the merge: statistics and steps, or training
+
+
+def main(args: Sequence[str] | None = None) -> list[Line]:
+    """Everything, in its order; returns the lines of the table."""
+    own, options = parse(args)
+    quiet_lightning()
+    tasks, _ = finetuned_tasks(options)
+    comparison = Comparison(tasks, *starts(tasks), options.accelerator)
+    method = chosen(options, own.method)
+    individual, merge = comparison.run({own.method: method})
+    assert comparison.best is not None
+    module = comparison.best[1]
+    module.use(merge.chosen.iterations)
+
+    plan = own.plan
+    if not plan.kept:
+        averaged = merge.chosen.settings.get("averaged", [])
+        plan = replace(plan, kept=(averaged,) if isinstance(averaged, str) else tuple(averaged))
+    folder = folder_of_rounds(options, plan, merge, tasks)
+    rounds = refresh(
+        module, plan, trainer=comparison.trainer, folder=folder, logits_fn=logits, progress=True
+    )
+    lines = [
+        Line(individual.row, None),
+        Line(merge.row, 0.0),
+        *tested(module, rounds[1:], folder, comparison),
+    ]
+    if own.rivals:
+        spent = sum(done.seconds["statistics"] + done.seconds["solve"] for done in rounds[1:])
+        rivals = train_rivals(options, module, plan, spent)
+        lines += [Line(rival.row, rival.seconds) for rival in rivals]
+    report(options, plan, lines, rounds, merge)
+    return lines
+
+
+def logits(module: Any, batch: Any) -> Any:
+    """The classifier's own."""
+    return module(batch)
+
+
+def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
+    """Our own options, and those of merge.py. Raises SystemExit with the reason, as that does."""
+    given = list(sys.argv[1:] if args is None else args)
+    parser = ArgumentParser(prog="refresh.py", add_help=False, usage=None)
+    parser.add_class_arguments(RefreshPlan, "plan")
+    parser.add_argument("--method", type=str, default=RefreshOptions.method)
+    parser.add_argument("--rivals", action="store_true")
+    ours, theirs = split(given)
+    if {"-h", "--help"} & set(theirs):
+        print(f"Options of refresh.py:\n{parser.format_help()}\nand those of merge.py:\n")
+    options = parse_options(
+        theirs, "refresh.py", "Merge, and refresh; the options of merge.py beside those above."
+    )
+    try:
+        built = parser.instantiate(parser.parse_args(ours))
+    except ValueError as error:  # of the plan
+        parser.error(str(error))
+    if built.method not in options.methods:
+        parser.error(f"--method {built.method!r} is none of {', '.join(options.methods)}")
+    return RefreshOptions(built.plan, built.method, built.rivals), options
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, each with its value, and the others."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    value_of: list[str] | None = None  # where the value of the argument before goes
+    for arg in args:
+        if arg.startswith("-"):
+            name = arg.partition("=")[0]
+            mine = name in ("--method", "--rivals") or name.startswith("--plan.")
+            value_of = ours if mine else theirs
+        (theirs if value_of is None else value_of).append(arg)
+    return ours, theirs
+
+
+def chosen(options: Options, label: str) -> MethodOptions:
+    """The method with the settings that merge.py chose with these options; else with its grid."""
+    method = options.methods[label]
+    results = options.output_dir / "results.json"
+    if not results.exists():
+        return method
+    known = json.loads(results.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(options), default=str))
+    names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
+    same = all(known["options"].get(name) == now[name] for name in names)
+    rows = {row["label"]: row for row in known["methods"]}
+    if not same or label not in rows or known["options"]["methods"][label] != now["methods"][label]:
+        print(f"{results} is of other options: the settings of {label} are chosen now")
+        return method
+    settings = rows[label]["settings"]
+    print(f"{label}: settings from {results}: {settings}")
+    return MethodOptions(method.method, settings)
+
+
+def folder_of_rounds(
+    options: Options, plan: RefreshPlan, merge: Outcome, tasks: Sequence[Task]
+) -> Path:
+    """One for each merge and plan, whatever the number of rounds."""
+    settings: dict[str, Any] = {k: v for k, v in asdict(plan).items() if k != "rounds"}
+    settings |= {"method": merge.method, "settings": merge.chosen.settings}
+    settings |= {
+        "tasks": {task.name: str(task.checkpoint) for task in tasks},
+        "validation_rows": options.validation_rows,
+    }
+    return folder_of(options.output_dir / "refresh", "rounds", settings)
+
+
+def tested(
+    module: MergeModule, rounds: Sequence[Round], folder: Path, comparison: Comparison
+) -> list[Line]:
+    """A line for each round that was taken, on the test rows; the last one's state stays."""
+    lines, seconds = [], 0.0
+    for done in rounds:
+        seconds += done.seconds["statistics"] + done.seconds["solve"]
+        if not done.taken:
+            continue
+        state = dict(load_weights(folder / f"round-{done.number}.safetensors"))
+        module.replace_shared(MergeResult(state), {"rounds": done.number})
+        scores = evaluate(module, comparison.trainer.test)
+        words = f"step {done.step:g}, {seconds:.0f} s, validation {done.average:.3f}"
+        lines.append(Line(Row(f"refresh, round {done.number}", words, scores), seconds))
+    return lines
+
+
+def report(
+    options: Options,
+    plan: RefreshPlan,
+    lines: Sequence[Line],
+    rounds: Sequence[Round],
+    merge: Outcome,
+) -> None:
+    """The table on the console and in files, the figure, and all numbers as JSON."""
+    rows, folder = [line.row for line in lines], options.output_dir / "refresh"
+    print_table(rows, "test accuracy; seconds are those of statistics and steps, or of training")
+    write_markdown(rows, folder / "results.md")
+    write_csv(rows, folder / "results.csv")
+    steps = [line for line in lines[1:] if not line.row.method.startswith("trained")]
+    curves = {"refresh": [(line.seconds or 0.0, average(line.row)) for line in steps]}
+    for line in lines[len(steps) + 1 :]:
+        curves[line.row.method] = [(line.seconds or 0.0, average(line.row))]
+    plot_seconds(curves, folder / "seconds.png", individual=average(rows[0]))
+    summary = {
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "plan": asdict(plan),
+        "merge": merge.as_json(),
+        "rounds": [asdict(done) for done in rounds],
+        "table": [
+            {
+                "label": line.row.method,
+                "settings": line.row.settings,
+                "seconds": line.seconds,
+                "test_scores": line.row.scores,
+                "test_average": average(line.row),
+                "relative": relative(line.row, rows[0]),
+            }
+            for line in lines
+        ],
+        "peak_memory_gb": peak_memory(),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    write_json(folder / "results.json", summary)
+    print(f"All results are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What training reaches on the rows of a refresh: the rivals that it must be held against."""
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from classifier import Classifier
+from compare import evaluation_trainer
+from labelled_data import LabelledData
+from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from merge_options import Options
+from multitask import Interleaved, MultitaskClassifier
+from torch.utils.data import DataLoader
+from train_tasks import return_memory, task_module
+from typing_extensions import override
+
+from mats_lightning import MergeModule, RefreshPlan, Task
+from mats_lightning.refresh import first_rows
+from mats_lightning.report import Row
+
+__all__ = ["Rival", "train_rivals"]
+
+WARM_UP = 0.1  # of all steps, or of the time
+
+
+@dataclass(frozen=True)
+class Rival:
+    row: Row
+    seconds: float
+    steps: int
+
+
+class TimedClassifier(MultitaskClassifier):
+    """A multitask classifier whose learning rate rises and falls by the clock.
+
+    Over the first tenth of `seconds` it rises, over the rest it falls to zero, as it does over the
+    steps of the other trainings.
+    """
+
+    def __init__(self, *args: Any, seconds: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seconds = seconds
+        self.started: float | None = None
+
+    @override
+    def on_train_start(self) -> None:
+        self.started = time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """The share of the highest learning rate, now."""
+        gone = 0.0 if self.started is None else time.perf_counter() - self.started
+        share = min(gone / self.seconds, 1.0)
+        return min(share / WARM_UP, (1 - share) / (1 - WARM_UP))
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """How many epochs there will be is not known."""
+        torch.manual_seed(self.seed * 1000 + self.current_epoch)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        first = next(iter(self.classifiers.values()))
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=first.learning_rate, weight_decay=first.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train_rivals(
+    options: Options,
+    module: MergeModule,
+    plan: RefreshPlan,
+    seconds: float,
+) -> list[Rival]:
+    """Both, on the rows of the refresh: from the start, with the heads and epochs of the
+    fine-tunes; and from the merged weights, with the heads as they are, for `seconds`."""
+    tasks = list(module.tasks.values())
+    fresh = {
+        task.name: task_module(options, task, data(module.tasks[task.name]))
+        for task in options.task_list
+    }
+    together = MultitaskClassifier(fresh, groups(tasks), options.seed)
+    label = f"trained together on {plan.rows} rows"
+    rivals = [_train(options, plan, tasks, together, label, {"max_epochs": options.epochs})]
+    if seconds > 0:
+        merged = {task.name: classifier(module, task) for task in tasks}
+        timed = TimedClassifier(merged, groups(tasks), options.seed, seconds=seconds)
+        limit: dict[str, Any] = {"max_epochs": -1}
+        limit["callbacks"] = [Timer(timedelta(seconds=seconds))]
+        label = f"trained from the merge on {plan.rows} rows"
+        rivals.append(_train(options, plan, tasks, timed, label, limit))
+    return rivals
+
+
+def classifier(module: MergeModule, task: Task) -> Classifier:
+    """The task's, with the merged weights."""
+    found = module.model(task.name).train()
+    assert isinstance(found, Classifier)
+    return found
+
+
+def data(task: Task) -> LabelledData:
+    assert isinstance(task.data, LabelledData)
+    return task.data
+
+
+def groups(tasks: list[Task]) -> dict[str, str]:
+    return {task.name: task.head_group for task in tasks if task.head_group is not None}
+
+
+def _train(
+    options: Options,
+    plan: RefreshPlan,
+    tasks: list[Task],
+    module: MultitaskClassifier,
+    label: str,
+    limit: dict[str, Any],
+) -> Rival:
+    L.seed_everything(options.seed, verbose=False)
+    limit = {**limit, "callbacks": [RichProgressBar(), *limit.get("callbacks", [])]}
+    trainer = L.Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **limit,
+    )
+    loaders = [shuffled(task, plan) for task in tasks]
+    started = time.perf_counter()
+    trainer.fit(module, train_dataloaders=Interleaved(loaders))
+    seconds = time.perf_counter() - started
+    steps = trainer.global_step
+    tester, scores = evaluation_trainer(options.accelerator), {}
+    for task in tasks:
+        tester.test(module.classifiers[task.name], task.data, verbose=False)
+        scores[task.name] = float(tester.callback_metrics[task.metric])
+    row = Row(label, f"{steps} steps, {seconds:.0f} s", scores)
+    del trainer
+    return_memory()
+    return Rival(row, seconds, steps)
+
+
+def shuffled(task: Task, plan: RefreshPlan) -> DataLoader[Any]:
+    """The rows that the refresh took its statistics from, in a new order each epoch."""
+    rows = first_rows(task.dataloader("fit", None), plan.rows, plan.seed)
+    return DataLoader(
+        rows.dataset, batch_size=rows.batch_size, shuffle=True, collate_fn=rows.collate_fn
+    )

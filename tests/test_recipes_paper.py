@@ -1,0 +1,480 @@
+"""recipes/paper.py on a tiny model: what is measured, kept, chosen, resumed and reported."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import datasets
+import merge
+import paper
+import pytest
+import torch
+import train_tasks
+import yaml
+from bench import Opened
+from cells import Cells
+from paper_seeds import Seed
+from paper_settings import read_setting
+from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from train_tasks import task_module
+
+from mats_lightning import MergeModule, Task, load_statistics
+
+__all__ = ["bert"]  # a fixture
+
+METHODS: dict[str, Any] = {
+    "pretrained": {"method": "pretrained"},
+    "average": {"method": "average"},
+    "task arithmetic": {"method": "task_arithmetic", "grid": {"scale": [0.1, 0.4, 2.0]}},
+    "MaTS kfac": {
+        "method": "mats",
+        "options": {"objective": "kfac"},
+        "grid": {"normalize": [False, True], "iterations": [1, 3]},
+    },
+}
+STARTS: dict[str, Any] = {
+    "labels": ["pretrained", "average", "task arithmetic"],
+    "objectives": ["gram", "kfac"],
+    "solvers": {"plain": {"iterations": [1, 4], "options": {"preconditioner": None}}},
+}
+ABLATIONS: dict[str, Any] = {
+    "baselines": {"kfac": {"method": "mats", "options": {"iterations": 2}}},
+    "changes": [
+        {"baseline": "kfac", "label": "normalize off", "options": {"normalize": False}},
+        {
+            "baseline": "kfac",
+            "label": "40 rows, sampled",
+            "statistics": {
+                "rows": 40,
+                "statistics": ["kfac", "block_fisher"],
+                "fisher": "sampled",
+            },
+        },
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+
+
+def setting(folder: Path, bert: Path, **parts: Any) -> Path:
+    """A file with three tiny tasks, and the tables that are given."""
+    options = {
+        "tasks": [
+            {"name": name, "hub": {"dataset": str(write_task(folder / "data" / name, name))}}
+            for name in WORDS
+        ],
+        "model": str(bert),
+        "output_dir": str(folder / "out"),
+        "epochs": 3,
+        "learning_rate": 2e-2,
+        "batch_size": 16,
+        "train_rows": 96,
+        "accelerator": "cpu",
+    }
+    path = folder / "tiny.yaml"
+    made = {"options": options, "seeds": [0], **parts}
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    return path
+
+
+def run(path: Path, *arguments: str) -> list[Any]:
+    return paper.main(["--setting", str(path), *arguments])
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "out/results/tiny.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def seed_of(path: Path) -> Seed:
+    return Seed(read_setting(str(path))[1], 0)
+
+
+def by_hand(path: Path, method: str, options: dict[str, Any], stage: str) -> dict[str, float]:
+    """Accuracies of a merge of the fine-tunes on disk, in a loop of our own."""
+    seed = seed_of(path)
+    folders = [seed.suite.about(name)[0] for name in WORDS]
+    tasks = [
+        Task(name, seed.suite.start(name).module, f"out/tasks/{folder}/{name}.ckpt", data)
+        for (name, data), folder in zip(
+            ((task.name, data) for task, data in seed.suite.data.items()), folders, strict=True
+        )
+    ]
+    module = MergeModule(tasks, method, options, pretrained=seed.starts[0])
+    found = {}
+    for task in tasks:
+        data: Any = task.data
+        data.setup()
+        loader = data.test_dataloader() if stage == "test" else data.val_dataloader()
+        model: Any = module.model(task.name).eval()
+        with torch.no_grad():
+            right = [(model(b).argmax(-1) == b["labels"]).float() for b in loader]
+        found[task.name] = float(torch.cat(right).mean())
+    return found
+
+
+def test_methods_are_chosen_on_validation_and_reported_over_seeds(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = setting(tmp_path, bert, seeds=[0, 1], methods=METHODS, multitask=True)
+    found = run(path)
+    assert all(record.cell is not None for record in found)
+    rows = rows_of(tmp_path)
+    assert len(rows) == len(found) == 2 * (1 + 1 + 2 + 4 + 5 + 1)
+    for row in rows:
+        assert float(row["average"]) == pytest.approx(mean(float(row[name]) for name in WORDS))
+    for seed in ("0", "1"):
+        own = [row for row in rows if row["seed"] == seed]
+        tested = {row["label"]: row for row in own if row["split"] == "test"}
+        assert list(tested) == ["individual", *METHODS, "multitask"]
+        assert float(tested["individual"]["average"]) > 0.9
+        for label in ("task arithmetic", "MaTS kfac"):
+            tried = [r for r in own if r["label"] == label and r["split"] == "validation"]
+            best = max(tried, key=lambda row: float(row["average"]))
+            point = ("settings", "iterations")
+            assert [tested[label][name] for name in point] == [best[name] for name in point]
+        for row in tested.values():
+            quotients = [float(row[n]) / float(tested["individual"][n]) for n in WORDS]
+            assert float(row["relative"]) == pytest.approx(mean(quotients))
+
+    scale = {"scale": 0.4}
+    row = next(r for r in rows if r["settings"] == "scale 0.4" and r["split"] == "validation")
+    expected = by_hand(path, "task_arithmetic", scale, "validation")
+    assert {name: float(row[name]) for name in WORDS} == pytest.approx(expected)
+    row = next(r for r in rows if r["label"] == "average" and r["split"] == "test")
+    expected = by_hand(path, "average", {}, "test")
+    assert {name: float(row[name]) for name in WORDS} == pytest.approx(expected)
+
+    text = (tmp_path / "out/results/tiny.md").read_text()
+    averages = [
+        float(r["average"]) for r in rows if (r["label"], r["split"]) == ("average", "test")
+    ]
+    shown = f"{mean(averages):.3f} ({min(averages):.3f} to {max(averages):.3f})"
+    (line,) = [line for line in text.splitlines() if line.startswith("| average |")][:1]
+    assert line.split(" | ")[-2] == shown
+    assert "missing" not in text and "## Methods, seed 1" in text
+    for name in ("cost", "tasks"):
+        assert (tmp_path / f"out/results/tiny-{name}.png").stat().st_size > 0
+    assert not (tmp_path / "out/results/tiny-iterations.png").exists()
+
+
+def test_a_killed_run_measures_only_what_is_missing(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = setting(tmp_path, bert, methods=METHODS, starts=STARTS)
+    whole = {(r.table, r.label, r.words, r.split): r.cell.scores for r in run(path)}
+    cells = tmp_path / "out/cells"
+    total = len(list(cells.iterdir()))
+    shutil.rmtree(cells)
+
+    keep, kept = Cells.keep, []
+
+    def until_a_kill(self: Cells, key: Any, found: Any) -> None:
+        if len(kept) == 9:
+            raise Crash
+        kept.append(key)
+        keep(self, key, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cells, "keep", until_a_kill)
+        with pytest.raises(Crash):
+            run(path)
+    assert len(list(cells.iterdir())) == 9
+
+    def counted(self: Cells, key: Any, found: Any) -> None:
+        kept.append(key)
+        keep(self, key, found)
+
+    monkeypatch.setattr(Cells, "keep", counted)
+    monkeypatch.setattr(train_tasks, "fit", None)
+    again = {(r.table, r.label, r.words, r.split): r.cell.scores for r in run(path)}
+    assert again == whole
+    assert len(kept) == total == len({json.dumps(key) for key in kept})
+
+    monkeypatch.setattr(Opened, "module", None)  # neither merged nor evaluated
+    third = {(r.table, r.label, r.words, r.split): r.cell.scores for r in run(path)}
+    assert third == whole and len(kept) == total
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Cells, "keep", counted)
+    run(path, "--tables", "starts", "--again")
+    assert len(kept) == total + 2 * 3 * 2  # objectives, starts, counts
+
+
+def test_what_is_missing_is_shown(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_tasks, "fit", None)
+    path = setting(tmp_path, bert, seeds=[0, 1], methods=METHODS, starts=STARTS, cost={})
+    found = run(path, "--report_only")
+    assert {record.cell for record in found} == {None}
+    rows = rows_of(tmp_path)
+    assert {row["status"] for row in rows} == {"missing"} and {row["average"] for row in rows} == {
+        ""
+    }
+    assert {row["table"] for row in rows} == {"methods", "starts", "cost"}
+    text = (tmp_path / "out/results/tiny.md").read_text()
+    assert "0 of" in text and "not chosen yet" in text
+    assert "| start | 1 iterations | 4 iterations |" in text
+    assert "| task arithmetic | missing | missing |" in text
+    assert not list((tmp_path / "out/results").glob("*.png"))
+
+
+def test_one_seed_of_two_is_said(tmp_path: Path, bert: Path) -> None:
+    methods = {"average": {"method": "average"}}
+    path = setting(tmp_path, bert, seeds=[0, 1], methods=methods)
+    found = run(path, "--seeds", "1")
+    assert {record.seed for record in found if record.cell is not None} == {1}
+    text = (tmp_path / "out/results/tiny.md").read_text()
+    assert "3 of 6 cells are measured" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| average |")][:1]
+    assert line.count("1 missing") == len(WORDS) + 2
+
+
+def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
+    path = setting(tmp_path, bert, methods=METHODS, starts=STARTS, ablations=ABLATIONS)
+    found = run(path, "--tables", "starts", "ablations")  # which choose their own starts
+    lines = {(r.label, r.words): r.cell for r in found if r.table in ("starts", "ablations")}
+    assert all(lines.values()) and len(lines) == 2 * 3 * 2 + 3
+    assert not any(r.cell for r in found if r.table == "methods" and r.split == "test")
+
+    options = {"objective": "gram", "preconditioner": None, "iterations": 4}
+    tried = [r for r in found if r.label == "task arithmetic" and r.split == "validation"]
+    best = max(tried, key=lambda record: record.cell.average)
+    scale = float(best.settings.removeprefix("scale "))
+    seed = seed_of(path)
+    start = MergeModule(
+        [
+            Task(
+                name,
+                seed.suite.start(name).module,
+                f"out/tasks/{seed.suite.about(name)[0]}/{name}.ckpt",
+                seed.suite.data[seed.suite.by_name[name]],
+            )
+            for name in WORDS
+        ],
+        "task_arithmetic",
+        {"scale": scale},
+        pretrained=seed.starts[0],
+    ).state_of("colour")
+    init = {name: value for name, value in start.items() if not name.startswith("head.")}
+    for changes in ({"init": init}, {"init": "pretrained"}):
+        label = "task arithmetic" if changes["init"] is init else "pretrained"
+        cell = lines["gram, plain", f"start {label}, iterations 4"]
+        expected = by_hand(path, "mats", {**options, **changes}, "validation")
+        assert cell.scores == pytest.approx(expected)
+
+    (sidecar,) = (tmp_path / "out/tasks").glob("kind-*/kind.ckpt.statistics-*")
+    statistics = load_statistics(sidecar)
+    assert statistics.examples == 40
+    assert (statistics.info["fisher"], statistics.info["mode"]) == ("sampled", "eval")
+    assert statistics.info["kinds"] == ["kfac", "block_fisher"]
+    residuals = {words: cell.residual for (label, words), cell in lines.items() if label == "kfac"}
+    assert len(set(residuals.values())) == 3
+    text = (tmp_path / "out/results/tiny.md").read_text()
+    base, changed = (
+        lines["kfac", words].average for words in ("iterations 2", "normalize off, iterations 2")
+    )
+    residual = f"{residuals['normalize off, iterations 2']:.1e}"
+    assert f"| kfac | normalize off | {changed:.3f} | {changed - base:+.3f} | {residual} |" in text
+
+
+def test_statistics_of_more_rows_than_there_are(tmp_path: Path, bert: Path) -> None:
+    changes = [{"baseline": "kfac", "label": "many", "statistics": {"rows": 97}}]
+    path = setting(tmp_path, bert, ablations={**ABLATIONS, "changes": changes})
+    with pytest.raises(ValueError, match="statistics of 97 rows: colour was trained on 96"):
+        run(path)
+
+
+def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Path) -> None:
+    """All texts have eight tokens and all batches sixteen rows, so that scaling is exact."""
+    methods = {"average": METHODS["average"], "RegMean": {"method": "regmean"}}
+    path = setting(tmp_path, bert, methods=methods, cost={"batches": 2})
+    found = {r.label: r.cell for r in run(path) if r.table == "cost"}
+    seed = seed_of(path)
+    with FlopCounterMode(display=False) as counter:
+        for task, data in seed.suite.data.items():
+            data.setup()
+            module = task_module(seed.options, task, data)
+            for batch in data.train_dataloader():
+                nn.functional.cross_entropy(module(batch), batch["labels"]).backward()
+    flops = 3 * counter.get_total_flops()  # epochs
+    assert found["fine-tuning"].flops == pytest.approx(flops)
+    assert found["multitask training"].flops == pytest.approx(flops)
+    assert 1.1 * flops < found["fine-tuning with statistics"].flops < 2 * flops
+    assert found["merge: average"].flops == 0 < found["merge: RegMean"].flops
+    assert all(cell.seconds > 0 for cell in found.values())
+    assert (
+        "| fine-tuning | scaled from 2 batches a task |" in Path("out/results/tiny.md").read_text()
+    )
+
+
+def test_intermediate_tasks(tmp_path: Path, bert: Path) -> None:
+    plan = {
+        "targets": ["colour", "size"],
+        "donors": ["size", "kind"],
+        "few_rows": 16,
+        "few_epochs": 2,
+        "donor_weights": [0.2, 0.6],
+        "methods": {"average": {"method": "average"}, "RegMean": {"method": "regmean"}},
+    }
+    found = run(setting(tmp_path, bert, intermediate=plan))
+    cases = list(dict.fromkeys(record.case for record in found))
+    assert cases == [
+        "target colour",
+        "target colour, donor size",
+        "target colour, donor kind",
+        "target size",
+        "target size, donor kind",
+    ]
+    for record in found:
+        target = record.case.split(", ")[0].removeprefix("target ")
+        assert record.cell is not None and list(record.cell.scores) == [target]
+    tried = [r for r in found if r.case == cases[1] and r.label == "average"]
+    validated, chosen = tried[:2], tried[2]
+    assert [r.settings for r in validated] == [
+        "weights colour 0.8 size 0.2",
+        "weights colour 0.4 size 0.6",
+    ]
+    assert chosen.settings == max(validated, key=lambda r: r.cell.average).settings
+    folders = sorted(path.name.split("-")[0] for path in Path("out/tasks").iterdir())
+    assert folders == ["colour", "colour", "kind", "size", "size"]
+    trained = [json.loads(p.read_text())["train_rows"] for p in Path("out/tasks").glob("*/set*")]
+    assert sorted(trained) == [16, 16, 96, 96, 96]
+
+    # the target alone, and its average with a donor, by hand
+    seed = seed_of(tmp_path / "tiny.yaml")
+    data = seed.suite.data[seed.suite.by_name["colour"]]
+    data.setup()
+    few, full = {}, {}
+    for file in Path("out/tasks").glob("colour-*/settings.json"):
+        if json.loads(file.read_text())["train_rows"] == 16:
+            few = torch.load(file.with_name("colour.ckpt"))["state_dict"]
+    (donor,) = (
+        file.with_name("size.ckpt")
+        for file in Path("out/tasks").glob("size-*/settings.json")
+        if json.loads(file.read_text())["train_rows"] == 96
+    )
+    full = torch.load(donor)["state_dict"]
+    averaged = {
+        name: value if name.startswith("head.") else 0.8 * value + 0.2 * full[name]
+        for name, value in few.items()
+    }
+    for state, record, loader in (
+        (few, found[0], data.test_dataloader()),
+        (averaged, validated[0], data.val_dataloader()),
+    ):
+        module = seed.suite.start("colour").module.eval()
+        module.load_state_dict(state)
+        with torch.no_grad():
+            right = [(module(b).argmax(-1) == b["labels"]).float() for b in loader]
+        assert record.cell.scores["colour"] == pytest.approx(float(torch.cat(right).mean()))
+    text = Path("out/results/tiny.md").read_text()
+    assert "| target | donor | alone | average | RegMean | alone, all rows |" in text
+
+
+# -- the store under merge.py --------------------------------------------------------------------
+
+
+def test_a_stopped_comparison_goes_on_and_a_finished_one_prints_again(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = configuration(tmp_path, bert)
+    first = merge.main(arguments)
+    merged: list[str] = []
+    module_of = Opened.module
+
+    def counted(self: Opened, count: int | None = None) -> MergeModule:
+        if self._module is None:
+            merged.append(self._label)
+        return module_of(self, count)
+
+    monkeypatch.setattr(Opened, "module", counted)
+    monkeypatch.setattr(train_tasks, "fit", None)
+    again = merge.main(arguments)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert merged == [results["exported"]]  # which is merged again to be exported
+    assert [o.row for o in again] == [o.row for o in first]
+    assert [o.blocks for o in again] == [o.blocks for o in first]
+    assert f"| {results['exported']}" not in (tmp_path / "out/merged/README.md").read_text()
+    assert "accuracy" in (tmp_path / "out/merged/README.md").read_text()
+
+    cells = sorted((tmp_path / "out/cells").iterdir())
+    gone = [p for p in cells if json.loads(p.read_text())["key"]["method"] == "regmean"]
+    assert len(gone) == 3
+    gone[0].unlink()
+    merged.clear()
+    assert [o.row for o in merge.main(arguments)] == [o.row for o in first]
+    assert set(merged) == {"RegMean", results["exported"]}
+
+    merged.clear()
+    merge.main([*arguments, "--again", "true", "--methods", "{average: {method: average}}"])
+    assert merged == ["individual", "average"]
+    assert len(list((tmp_path / "out/cells").iterdir())) == 3
+    merged.clear()
+    merge.main([*arguments, "--test_rows", "20", "--methods", "{average: {method: average}}"])
+    assert merged == ["individual", "average"]  # other rows
+    assert set(GRID) == {outcome.label for outcome in first[1:]}
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["text_full", "vision_full", "intermediate"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_settings_can_be_read(name: str, fast: bool) -> None:
+    label, found = read_setting(name, fast)
+    assert label == name and found.tables
+    assert found.options["output_dir"].endswith("-fast") == fast
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"seeds": []}, [], "one or more different ones"),
+        ({"methods": {"A": {"method": "average", "grids": {}}}}, [], "grids"),
+        ({"starts": STARTS}, [], "starts: 'average' is none of"),
+        (
+            {"ablations": {**ABLATIONS, "baselines": {}}},
+            [],
+            "ablations: 'kfac' is none of",
+        ),
+        ({"methods": METHODS}, ["--tables", "starts"], "the setting has no starts, it has methods"),
+        ({"methods": METHODS}, ["--seeds", "3"], "the setting has no 3, it has 0"),
+        ({"surprise": 1}, [], "surprise"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path,
+    bert: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    arguments: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        run(setting(tmp_path, bert, **changes), *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_setting_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        paper.main(["--setting", "text_fll"])
+    assert "choose from intermediate, text_full, vision_full" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text_full", "intermediate"])
+def test_fast_runs_on_the_packaged_tasks(name: str) -> None:
+    found = paper.main(["--setting", name, "--fast"])
+    assert found and all(record.cell is not None for record in found)
+    assert (Path("runs/paper/text-fast/results") / f"{name}.csv").is_file()

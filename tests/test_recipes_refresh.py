@@ -1,0 +1,142 @@
+"""recipes/refresh.py on tiny models: what it takes from merge.py, its table, its rivals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import merge
+import pytest
+import refresh
+import refresh_rivals
+import train_tasks
+from test_recipes import GRID, WORDS, bert, configuration
+
+from mats_lightning import RefreshPlan
+from mats_lightning.report import average
+
+__all__ = ["bert"]  # a fixture
+
+KFAC = "MaTS kfac"
+METHODS = {name: GRID[name] for name in ("average", KFAC)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+
+
+def arguments(tmp_path: Path, bert: Path, *more: str) -> list[str]:
+    given = configuration(tmp_path, bert, methods=METHODS)
+    return [*given, "--method", KFAC, "--plan.rows=40", "--plan.rounds", "2", *more]
+
+
+def test_a_refresh_of_what_merge_has_chosen(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = merge.main(configuration(tmp_path, bert, methods=METHODS))
+    monkeypatch.setattr(train_tasks, "fit", None)  # its fine-tunes are kept
+    lines = refresh.main(arguments(tmp_path, bert))
+    assert "settings from" in capsys.readouterr().out
+    assert lines[0].row == outcomes[0].row  # the individual models
+    assert lines[1].row == outcomes[2].row and lines[1].seconds == 0
+    out = tmp_path / "out/refresh"
+    results = json.loads((out / "results.json").read_text())
+    taken = [done for done in results["rounds"][1:] if done["step"] > 0]
+    assert [line.row.method for line in lines[2:]] == [
+        f"refresh, round {done['number']}" for done in taken
+    ]
+    assert results["rounds"][0]["scores"] == outcomes[2].chosen.scores
+    assert results["plan"]["rows"] == 40 and results["plan"]["rounds"] == 2
+    assert results["table"][1]["test_average"] == average(outcomes[2].row)
+    assert (out / "results.md").read_text().count("\n") == 2 + len(lines)
+    assert (out / "seconds.png").stat().st_size > 0
+
+    calls: list[Any] = []
+    monkeypatch.setattr("mats_lightning.measuring.collect_statistics", calls.append)
+    again = refresh.main(arguments(tmp_path, bert))  # all rounds are kept
+    assert not calls
+    assert [line.row.scores for line in again] == [line.row.scores for line in lines]
+
+
+def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, options = refresh.parse(arguments(tmp_path, bert))
+    assert refresh.chosen(options, KFAC) == options.methods[KFAC]
+    rows = [{"label": KFAC, "settings": {"iterations": 7}}]
+    known = json.loads(json.dumps(refresh.asdict(options), default=str))
+    file = options.output_dir / "results.json"
+    train_tasks.write_json(file, {"options": known, "methods": rows})
+    found = refresh.chosen(options, KFAC)
+    assert (found.options, found.grid) == ({"iterations": 7}, {})
+    for change in ({"seed": 9}, {"validation_rows": 1}, {"methods": {KFAC: {"method": "mats"}}}):
+        train_tasks.write_json(file, {"options": known | change, "methods": rows})
+        assert refresh.chosen(options, KFAC) == options.methods[KFAC]
+        assert "is of other options" in capsys.readouterr().out
+
+
+def test_rivals_train_on_the_rows_of_the_refresh(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, tuple[int, ...]]] = []
+    rates: list[float] = []
+    step = refresh_rivals.MultitaskClassifier.training_step
+
+    def noted(module: Any, batch: Any, batch_idx: int) -> Any:
+        number, rows = batch
+        for tokens in rows["input_ids"].tolist():
+            seen.append((type(module).__name__, number, tuple(tokens)))
+        if isinstance(module, refresh_rivals.TimedClassifier):
+            rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(refresh_rivals.MultitaskClassifier, "training_step", noted)
+    lines = refresh.main(arguments(tmp_path, bert, "--rivals"))
+    together, timed = lines[-2:]
+    assert together.row.method == "trained together on 40 rows"
+    assert timed.row.method == "trained from the merge on 40 rows"
+    assert list(together.row.scores) == list(timed.row.scores) == list(WORDS)
+    rows: dict[str, set[Any]] = {"MultitaskClassifier": set(), "TimedClassifier": set()}
+    for kind, number, tokens in seen:
+        rows[kind].add((number, tokens))
+    assert rows["MultitaskClassifier"] >= rows["TimedClassifier"] != set()
+    for number in range(3):
+        assert len([None for n, _ in rows["MultitaskClassifier"] if n == number]) <= 40
+    assert rates[0] == 0 and max(rates) <= 2e-2
+    spent = [line.seconds or 0 for line in lines if line.row.method.startswith("refresh")]
+    assert timed.seconds is not None and timed.seconds < max(spent, default=0) + 30
+
+
+def test_arguments_of_both_kinds(tmp_path: Path, bert: Path) -> None:
+    given = arguments(tmp_path, bert, "--seed", "3", "--plan.kept", "[embeddings]", "--rivals")
+    own, options = refresh.parse(given)
+    assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",))
+    assert (own.method, own.rivals, options.seed) == (KFAC, True, 3)
+    ours, theirs = refresh.split(["--seed=1", "--plan.mix=1", "--rivals", "--tasks", "[a, b]"])
+    assert (ours, theirs) == (["--plan.mix=1", "--rivals"], ["--seed=1", "--tasks", "[a, b]"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--plan.mix", "2"], "mix=2.0; it lies between 0 and 1"),
+        (["--plan.weather", "fine"], "weather"),
+        (["--method", "magic"], "'magic' is none of average, MaTS kfac"),
+        (["--weather", "fine"], "weather"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    tmp_path: Path, bert: Path, wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        refresh.main(arguments(tmp_path, bert, *wrong))
+    assert message in capsys.readouterr().err
+
+
+def test_help_tells_of_both(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        refresh.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "--plan.rounds" in printed and "--train_rows" in printed

@@ -71,7 +71,7 @@ class Options(TypedDict, total=False):
     preconditioner_damping: float
     off_diagonal: float
     damping: float
-    radius: float
+    radius: float | None
     floor: float
     normalize: bool
     fold_bias: bool
@@ -114,7 +114,7 @@ def mats(
     preconditioner_damping: float = 1e-3,
     off_diagonal: float = 1.0,
     damping: float = 0.0,
-    radius: float = 10.0,
+    radius: float | None = 10.0,
     floor: float = 1e-8,
     normalize: bool = True,
     fold_bias: bool = False,
@@ -146,7 +146,7 @@ def mats(
         radius: how far a block may go from its start, in units of how far the tasks' own lie from
             it (root mean square); there its iteration ends. Good merges go 3 to 10 far; where
             K-FAC is far from the true curvature, its solution can lie hundreds away and be worth
-            nothing. `math.inf` for the solution itself, and for the paper's method.
+            nothing. None sets no bound, as in the paper.
         floor: the least value of a diagonal Fisher.
         normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
             model fits its rows too well to have much curvature counts too; the paper does not.
@@ -173,7 +173,7 @@ def mats(
     check_range("preconditioner_damping", preconditioner_damping)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
-    check_range("radius", radius)
+    check_range("radius", 0.0 if radius is None else radius)
     check_range("floor", floor)
     kind_of, folded = check_statistics(
         thetas, statistics, objective_kinds(objective), uncovered, pretrained, fold_bias, averaged
@@ -245,7 +245,7 @@ def _solve(
     x0: Tensor,
     preconditioner: str | None,
     preconditioner_damping: float,
-    radius: float,
+    radius: float | None,
     tolerance: float,
     counts: Sequence[int],
 ) -> Solution:
@@ -270,7 +270,7 @@ def _solve(
             tolerance=tolerance,
             preconditioner=inverse,
             residual=residual,
-            radius=radius * _spread(tensors, x0) if radius < math.inf else radius,
+            radius=math.inf if radius is None else radius * _spread(tensors, x0),
             keep=counts,
         )
     except ValueError as error:

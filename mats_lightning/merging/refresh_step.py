@@ -28,7 +28,7 @@ from mats_lightning.merging.models import (
     check_range,
     check_weights,
     merge_dtype,
-    named_by,
+    names_with,
     of_batch_norm,
 )
 from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
@@ -97,7 +97,8 @@ def refresh_step(
         known = ", ".join(map(repr, PRECONDITIONERS))
         raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
     kind_of = covering_statistics(names, objective_kinds(objective), statistics)
-    kind_of = {name: kind for name, kind in kind_of.items() if not named_by(kept, name)}
+    for name in names_with(kept, list(names), "kept"):
+        kind_of.pop(name, None)
     if mix > 0:
         _check_gradients(kind_of, statistics)
     result = MergeResult({})

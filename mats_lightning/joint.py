@@ -17,6 +17,7 @@ from mats_lightning.merging import Block, MergeResult
 from mats_lightning.merging.blocks import covering_statistics
 from mats_lightning.merging.models import check_models, check_weights, names_with
 from mats_lightning.products import (
+    Refactored,
     factors_of,
     lora_of,
     product_models,
@@ -74,7 +75,7 @@ class JointMerge:
         self.lora_rank: int | None = None  # that merged products get as factors
         if method in METHODS:
             self.lora_rank = self.options.pop("lora_rank", None)
-        self._products: dict[int, tuple[Lora, dict[str, float]]] = {}  # count -> adapter, lost
+        self._products: dict[int, Refactored] = {}  # by count, where products are merged
         self._merged: dict[str, dict[int, MergeResult]] | None = None  # part -> count -> state
         self._check_arguments()
 
@@ -153,13 +154,13 @@ class JointMerge:
         lora = lora_of(self.tasks[task])
         if lora is None:
             return None
-        like = self._products[self.in_use][0] if self._products else lora
+        like = self._products[self.in_use].form if self._products else lora
         return replace(like, weights=self.state_of(task))
 
     @property
     def lost(self) -> dict[str, float]:
         """Layer -> what share of its merged product the rank leaves out, for the state in use."""
-        return self._products[self.in_use][1] if self._products else {}
+        return self._products[self.in_use].lost if self._products else {}
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -216,7 +217,7 @@ class JointMerge:
             thetas.append(Part(task.weights, names, device))
         adapters: list[Lora] = []
         if part == SHARED and self.lora_rank is not None:
-            adapters = [factors_of(self.tasks[member]) for member in members]
+            adapters = [factors_of(task) for task in self.tasks.values()]
             thetas = product_models(adapters, device)
             names = list(thetas[0])
         wanted = inspect.signature(function).parameters
@@ -240,15 +241,9 @@ class JointMerge:
         if not adapters:
             return states
         assert self.lora_rank is not None
-        for count, state in states.items():
-            states[count], adapter, lost = refactored(
-                state,
-                self.lora_rank,
-                adapters,
-                options.get("statistics", []),
-                options["weights"],
-            )
-            self._products[count] = adapter, lost
+        states, self._products = refactored(
+            states, self.lora_rank, adapters, options.get("statistics", []), options["weights"]
+        )
         return states
 
     def _states(

@@ -92,6 +92,8 @@ def _head(task: Task) -> dict[str, Tensor]:
 
 def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None) -> MergeCard:
     options = dict(joint.options)
+    if set(joint.weights.values()) != {1.0}:
+        options["weights"] = joint.weights
     if joint.lora_rank is not None:
         options["lora_rank"] = joint.lora_rank
     if joint.in_use:

@@ -96,7 +96,7 @@ class MergeModule(pl.LightningModule):
             self._joint.run(device, progress)
             self._merged = True
             self._put_in_place()
-            if lost := self._joint.lost.values():
+            if lost := self.lost.values():
                 rank_zero_info(
                     f"{self._joint.method}: rank {self._joint.lora_rank} leaves out"
                     f" {median(lost):.1%} of a merged product (median over layers; at most"
@@ -162,6 +162,12 @@ class MergeModule(pl.LightningModule):
         """Parameter -> how its solve went (mats), for the state in use."""
         self.merge()
         return self._joint.blocks
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """Layer -> what share of its merged product `lora_rank` leaves out, see `refactor`."""
+        self.merge()
+        return self._joint.lost
 
     def export(
         self,

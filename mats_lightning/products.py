@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from mats_lightning.low_rank import refactor
 from mats_lightning.merging import MergeResult
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task
+
+
+class Refactored(NamedTuple):
+    """What merged products became: an adapter's form, without weights; what is lost a layer."""
+
+    form: Lora
+    lost: dict[str, float]
 
 
 def lora_of(task: Task) -> Lora | None:
@@ -57,18 +65,25 @@ def product_start(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refactored(
-    result: MergeResult,
+    states: Mapping[int, MergeResult],
     rank: int,
     adapters: Sequence[Lora],
     statistics: Sequence[Statistics],
     weights: Sequence[float],
-) -> tuple[MergeResult, Lora, dict[str, float]]:
-    """The result with factors of this rank for products, their adapter, and what is lost a layer.
+) -> tuple[dict[int, MergeResult], dict[int, Refactored]]:
+    """The states with factors of this rank for products, and how these came out, by count.
 
     The SVD is weighted with the statistics that the method took, see `refactor`.
     """
-    state = result.state_dict
-    adapter, lost = refactor(
-        state, rank, adapters[0], statistics, weights=weights if statistics else None
-    )
-    return replace(result, state_dict=dict(adapter.weights)), adapter, lost
+    found, forms = {}, {}
+    for count, result in states.items():
+        adapter, lost = refactor(
+            result.state_dict,
+            rank,
+            adapters[0],
+            statistics,
+            weights=weights if statistics else None,
+        )
+        found[count] = replace(result, state_dict=dict(adapter.weights))
+        forms[count] = Refactored(replace(adapter, weights={}), lost)
+    return found, forms

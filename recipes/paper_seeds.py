@@ -14,10 +14,17 @@ from merge_options import Options, options_of
 from multitask import multitask_folder, multitask_scores, train_multitask
 from paper_settings import Setting
 from torch import Tensor
-from train_tasks import folder_of, task_data, task_folder, task_module, task_settings, train_task
+from train_tasks import (
+    as_task,
+    folder_of,
+    task_data,
+    task_folder,
+    task_module,
+    task_settings,
+    train_task,
+)
 
 from mats_lightning import Task, collect_statistics, save_statistics
-from mats_lightning.checkpoints import load_weights
 from mats_lightning.sidecar import sidecar_path
 
 __all__ = ["Seed", "Suite", "cells_of"]
@@ -51,7 +58,7 @@ class Suite:
             task = self.by_name[name]
             with steps.paused():
                 trained = train_task(self.options, task, self.data[task])
-            self._trained[name] = replace(self.start(name), checkpoint=trained.checkpoint)
+            self._trained[name] = as_task(self.options, task, self.data[task], trained.checkpoint)
         return self._trained[name]
 
     def start(self, name: str) -> Task:
@@ -150,8 +157,9 @@ class Seed:
             )
         data.setup("fit")
         L.seed_everything(self.options.seed, verbose=False)  # of the order of the rows
-        module = task_module(options, described, data)
-        module.load_state_dict(dict(load_weights(task.checkpoint)))
+        trained = as_task(options, described, data, Path(task.checkpoint))
+        module = trained.module
+        module.load_state_dict({**module.state_dict(), **trained.weights})
         if arguments.get("fisher") == "sampled":
             arguments["logits_fn"] = lambda module, batch: module(batch)
         found = collect_statistics(module, data.train_dataloader(), progress=False, **arguments)

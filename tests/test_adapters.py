@@ -50,7 +50,7 @@ def test_the_average_of_products_is_that_of_whole_models(tmp_path: Path) -> None
         whole.load_state_dict(mean)
         found = logits(module.model(name))
         torch.testing.assert_close(found, whole(IDS).logits, rtol=1e-4, atol=1e-5)
-    assert set(module._joint.lost.values()) and max(module._joint.lost.values()) < 1e-6
+    assert set(module.lost.values()) and max(module.lost.values()) < 1e-6
 
 
 def test_products_are_merged_and_refactored_with_the_statistics(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_products_are_merged_and_refactored_with_the_statistics(tmp_path: Path) 
         for name in expected.weights:
             if ".lora_" in name:
                 assert torch.equal(state[name], expected.weights[name]), name
-        assert module._joint.lost == lost and max(lost.values()) > 1e-3
+        assert module.lost == lost and max(lost.values()) > 1e-3
     assert all(name.endswith("base_layer.weight") for name in module.blocks)
 
 
@@ -157,7 +157,8 @@ def test_what_has_no_products_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 3}], ids=["factors", "products"])
 def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any]) -> None:
-    module = MergeModule(tasks(tmp_path), "mats", {"iterations": 3, **options})
+    weights = {"bert1": 2.0, "bert2": 1.0}
+    module = MergeModule(tasks(tmp_path), "mats", {"iterations": 3, "weights": weights, **options})
     module.scores = {"bert1": 0.5, "bert2": 0.25}
     folder = module.export(tmp_path / "merged")
     for name in module.tasks:
@@ -169,6 +170,7 @@ def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any])
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     assert card.data.to_dict()["library_name"] == "peft"
     assert "| bert2 | bert2 | 6 | accuracy | 0.250 |" in card.content
+    assert "  weights:\n    bert1: 2.0\n    bert2: 1.0\n" in card.content
     assert ("lora_rank: 3" in card.content) == bool(options)
     assert "PeftModel.from_pretrained(model, folder)" in card.content
     assert {file.stat().st_mode & 0o777 for file in folder.rglob("*.*")} == {

@@ -314,6 +314,22 @@ def test_a_product_in_blocks_is_the_whole_product(d: int, groups: tuple[int, ...
     torch.testing.assert_close(tensors["A/x"], tensors["A/x"].mT, rtol=1e-12, atol=1e-12)
 
 
+def test_many_positions_of_groups_are_added_precisely() -> None:
+    """A million of them in float32, as images give a depthwise convolution."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    wanted = torch.zeros(3, 4, 4, dtype=torch.float64)
+    for _ in range(16):
+        x = (
+            torch.randn(65_536, 3, 4, generator=generator) * 0.3
+            + torch.tensor([0.5, 3.0, 5.7])[:, None]
+        )
+        add_second_moment(tensors, "A/x", x, x.device)
+        wanted += torch.einsum("pgi,pgj->gij", x.double(), x.double())
+    error = (tensors["A/x"] - wanted).abs().amax((1, 2)) / wanted.amax((1, 2))
+    assert float(error.max()) < 5e-6
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["transformer", "convolutions", "sharing", "reused"])
 def test_statistics_in_smaller_blocks(

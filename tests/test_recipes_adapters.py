@@ -11,7 +11,8 @@ import train_tasks
 import yaml
 from classifier import Classifier
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from merge_options import parse_options
+from merge_options import Options, parse_options
+from paper_settings import read_setting
 from peft import PeftModel
 from safetensors import safe_open
 from test_recipes import Crash, bert, configuration, one_task, own_cache, write_task
@@ -49,10 +50,14 @@ def methods_of(name: str, ranks: tuple[int, int] = (2, 4)) -> dict[str, Any]:
     return methods
 
 
-def test_the_paper_s_settings_are_options() -> None:
-    for path in sorted(PAPER.glob("*.yaml")):
-        options = parse_options(["--config", str(path)])
-        assert options.methods.keys() == yaml.safe_load(path.read_text())["methods"].keys()
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", ["text_ia3", "text_lora", "convolutions"])
+def test_the_paper_s_settings_are_options(name: str, fast: bool) -> None:
+    _, setting = read_setting(name, fast)
+    options = Options(**{"tasks": ["trec", "sms"], "methods": {}, **setting.options})
+    assert len(options.task_list) == 2 if fast else len(setting.seeds) == 3
+    assert (options.adapter is not None) == name.startswith("text")
+    assert setting.methods.keys() == methods_of(f"{name}.yaml").keys()
 
 
 @pytest.mark.parametrize(

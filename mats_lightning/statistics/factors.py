@@ -18,6 +18,7 @@ from mats_lightning.statistics.record import (
     Statistics,
 )
 
+POSITIONS_OF_PRODUCT = 8192  # of a group: longer sums round more
 ROWS_OF_BLOCK = 256  # smaller blocks save more products, and take longer for each
 
 
@@ -121,13 +122,22 @@ def _add_symmetric(total: Tensor, x: Tensor) -> None:
 
     On a CPU a block row is multiplied from the diagonal on, and mirrored: two thirds of the time
     of the whole product. On an accelerator the blocks would be too small to fill it.
+
+    Of groups, products of some positions are added: `baddbmm_` adds each position by itself to the
+    total, whose rounding in float32 then exceeds the small eigenvalues (2e-4 of the largest after
+    a million positions of a depthwise convolution, against 7e-7), and takes twice the time.
     """
     d = x.shape[-1]
     size = ROWS_OF_BLOCK if x.device.type == "cpu" else d
     for start in range(0, d, size):
         block = total[..., start : start + size, start:]
         left, right = x[..., start : start + size].mT, x[..., start:]
-        block.addmm_(left, right) if x.ndim == 2 else block.baddbmm_(left, right)
+        if x.ndim == 2:
+            block.addmm_(left, right)
+        else:
+            parts = [part.split(POSITIONS_OF_PRODUCT, dim) for part, dim in ((left, 2), (right, 1))]
+            for rows, columns in zip(*parts, strict=True):
+                block.add_(rows @ columns)
         total[..., start + size :, start : start + size] = block[..., size:].mT
 
 

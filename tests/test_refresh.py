@@ -19,6 +19,7 @@ from mats_lightning import (
     Statistics,
     collect_statistics,
     merging,
+    merge_folder,
     module,
     refresh,
 )

@@ -18,8 +18,8 @@ from mats_lightning import (
     RefreshPlan,
     Statistics,
     collect_statistics,
-    merging,
     merge_folder,
+    merging,
     module,
     refresh,
 )

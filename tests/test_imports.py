@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "statistics",
         "tasks",
     },
-    "rounds": {"checkpoints", "measuring", "sidecar"},
+    "rounds": {"checkpoints", "measuring", "merging", "sampled", "sidecar"},
     "refresh": {
         "distillation",
         "measuring",
@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "merging",
         "module",
         "refresh",
+        "rounds",
         "sidecar",
         "statistics",
         "tasks",

@@ -5,6 +5,7 @@
        -> operators: C_i -> solvers: (sum C_i) theta = sum C_i theta_i -> merging: state dict
        -> MergeModule: trainer.test, metrics a task -> report: table, plots
                                                     -> export: a model that others can load
+                                                    -> refresh: statistics at the merged weights
 
 Each arrow goes one way, and each noun is one module.
 """
@@ -13,7 +14,8 @@ from mats_lightning import merging
 from mats_lightning.callback import MaTSStatsCallback
 from mats_lightning.collect import collect_statistics
 from mats_lightning.module import MergeModule
-from mats_lightning.refresh import RefreshPlan, refresh
+from mats_lightning.refresh import refresh
+from mats_lightning.rounds import RefreshPlan
 from mats_lightning.sidecar import load_statistics, save_statistics, sidecar_path
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Task

@@ -154,10 +154,7 @@ def collect_statistics(
                     gradients = go_back(loss, needed)
                     counted = capture.finish()
             if GRADIENT in kinds:
-                found = zip(trainable.items(), gradients, strict=True)
-                capture.add_gradients(
-                    {n: torch.zeros_like(p) if g is None else g for (n, p), g in found}, scale
-                )
+                capture.add_gradients(_named(trainable, gradients), scale)
             if not counted:
                 raise ValueError(
                     f"no gradient came to a covered layer of {type(model).__name__} in batch"
@@ -206,6 +203,14 @@ def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> Los
             " of the batch that gives what the loss was divided by"
         )
     return found
+
+
+def _named(
+    parameters: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """parameter -> its gradient; 0 where the loss does not reach it."""
+    pairs = zip(parameters.items(), gradients, strict=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
 
 
 def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:

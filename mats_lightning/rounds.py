@@ -1,18 +1,82 @@
-"""The record of a refresh: its rounds, and the folder in which they are kept."""
+"""The plan and the record of a refresh: its rounds, and the folder in which they are kept."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.measuring import save_state
+from mats_lightning.merging.mats import objective_kinds
+from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX, digest, write_atomically
+
+LABELS = ("data", "teacher")
+
+
+@dataclass(frozen=True)
+class RefreshPlan:
+    """What a refresh does; all of it is kept in its folder, and most on the model card.
+
+    Arguments:
+        rounds: at most; a round that cannot be kept is the last one.
+        rows: of each task, the same in every round.
+        mix, step, iterations, damping, preconditioner_damping, radius, normalize, objective,
+            kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
+            (0.01, say): the gradient of few rows has noise where they have no curvature.
+        fisher: of the curvature: "empirical" or "sampled".
+        labels: of the gradient, and of the empirical Fisher: those of the "data", or what the
+            task's own model predicts ("teacher"; see `distillation.soft_targets`).
+        decay: what the sums of the rounds before count beside a round's own: averages the
+            curvature, not the gradient.
+        tries: steps that a round tries, each half of the one before, until validation is no worse
+            than before the round. After the last the round is taken back.
+        seed: of the choice of rows, and of drawn labels.
+
+    Raises ValueError for values out of range.
+    """
+
+    rounds: int = 1
+    rows: int = 500
+    mix: float = 0.0
+    step: float = 1.0
+    iterations: int = 5
+    damping: float = 0.0
+    preconditioner_damping: float = 1e-3
+    radius: float | None = 10.0
+    normalize: bool = True
+    objective: str = "kfac"
+    kept: tuple[str, ...] = ()
+    fisher: Fisher = "empirical"
+    labels: Literal["data", "teacher"] = "data"
+    decay: float = 0.0
+    tries: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("rounds", 1), ("rows", 1), ("iterations", 1), ("tries", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
+        for name in ("mix", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
+        if not 0 < self.step < float("inf"):
+            raise ValueError(f"step={self.step}; it must be a positive number")
+        for name, known in (("fisher", FISHERS), ("labels", LABELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
+        if "identity" in objective_kinds(self.objective):
+            raise ValueError(f"objective={self.objective!r} has no statistics to take again")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What is taken of each task."""
+        return (*objective_kinds(self.objective), *(["gradient"] if self.mix > 0 else []))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "statistics",
         "tasks",
     },
-    "rounds": {"checkpoints", "measuring", "sidecar"},
+    "rounds": {"checkpoints", "measuring", "merging", "sampled", "sidecar"},
     "refresh": {
         "distillation",
         "measuring",
@@ -89,6 +89,7 @@ ALLOWED: dict[str, set[str]] = {
         "merging",
         "module",
         "refresh",
+        "rounds",
         "sidecar",
         "statistics",
         "tasks",

@@ -20,6 +20,7 @@ from mats_lightning.report import (
     average,
     plot_residuals,
     plot_scores,
+    plot_seconds,
     print_table,
     relative,
     write_csv,
@@ -226,6 +227,20 @@ def test_plot_of_residuals(tmp_path: Path, drawn: list[Figure]) -> None:
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["plain: median of 3 blocks"]
     assert image.imread(tmp_path / "residuals.png").shape[0] > 300
+
+
+def test_plot_of_seconds(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = {"refresh": [(0.0, 0.7), (60.0, 0.8)], "training": [(90.0, 0.85)]}
+    plot_seconds(curves, tmp_path / "seconds.png", individual=0.9)
+    (axes,) = drawn[0].axes
+    found = [list(zip(*map(np.asarray, line.get_data()), strict=True)) for line in axes.lines[:2]]
+    assert found == list(curves.values())
+    assert list(np.asarray(axes.lines[2].get_ydata())) == [0.9, 0.9]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [*curves, "individual"]
+    assert image.imread(tmp_path / "seconds.png").shape[0] > 300
+    with pytest.raises(ValueError, match="no points to draw"):
+        plot_seconds({"refresh": []}, tmp_path / "none.png")
 
 
 def test_plot_of_a_residual_that_is_zero(tmp_path: Path, drawn: list[Figure]) -> None:

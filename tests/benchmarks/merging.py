@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice, repeat
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from mats_lightning import MergeModule, Statistics, Task, load_statistics, merging, save_statistics
 from mats_lightning.merging.blocks import task_operators
+from mats_lightning.merging.mats import Options
 from mats_lightning.merging.preconditioner import block_preconditioner
 from mats_lightning.operators import KroneckerFactored, sum_of_products
 from mats_lightning.solvers import Function, conjugate_gradient
@@ -55,7 +57,7 @@ class Suite:
     thetas: list[dict[str, Tensor]]
     statistics: list[Statistics]
     trainer: L.Trainer
-    accuracies: dict[str, float] = field(default_factory=dict)
+    averaged: tuple[str, ...]  # in `quality`: where K-FAC fails, in front of an image encoder
 
     @property
     def layers(self) -> list[str]:
@@ -89,7 +91,8 @@ def suite(config: Path) -> Suite:
     from merge_options import parse_options
 
     quiet_lightning()
-    tasks, _ = finetuned_tasks(parse_options(["--config", str(config)]))
+    options = parse_options(["--config", str(config)])
+    tasks, _ = finetuned_tasks(options)
     shared = [name for name in tasks[0].weights if not tasks[0].owns(name)]
     thetas = [{name: task.weights[name].clone() for name in shared} for task in tasks]
     loaded = []
@@ -100,7 +103,8 @@ def suite(config: Path) -> Suite:
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    return Suite(config.stem, tasks, thetas, loaded, trainer)
+    averaged = ("embeddings",) if options.modality == "image" else ()
+    return Suite(config.stem, tasks, thetas, loaded, trainer, averaged)
 
 
 # -- an iteration --------------------------------------------------------------------------------
@@ -285,22 +289,26 @@ def quality(suites: Sequence[Suite], cap: int, rounds: int) -> list[dict[str, An
     """Seconds until the merged model is within .005 of the converged one, on validation rows."""
     rows = []
     for found in suites:
-        converged = merging.mats(
-            found.thetas, found.statistics, iterations=150, preconditioner_damping=1e-3
-        )
+        equations: Options = {"averaged": found.averaged, "radius": None}
+        converged = merging.mats(found.thetas, found.statistics, iterations=150, **equations)
         target = found.accuracy(converged.state_dict) - 0.005
         done = [b.converged for b in converged.blocks.values()]
         CONSOLE.print(
             f"{found.name}: converged kfac has {target + 0.005:.4f}"
             f" ({sum(done)} of {len(done)} blocks within 1e-6)"
         )
-        tried = merging.mats(found.thetas, found.statistics, iterations=[1, 2, 3, 5, 10, 20])
+        counts = [1, 2, 3, 5, 10, 20]
+        tried = merging.mats(found.thetas, found.statistics, iterations=counts, **equations)
         accuracies = {n: found.accuracy(result.state_dict) for n, result in tried.items()}
         CONSOLE.print(f"preconditioned: { {n: round(a, 4) for n, a in accuracies.items()} }")
         enough = next((n for n, accuracy in accuracies.items() if accuracy >= target), None)
         seconds = (
             in_turns(
-                {"ours": partial(merging.mats, found.thetas, found.statistics, iterations=enough)},
+                {
+                    "ours": lambda f=found, n=enough, e=equations: merging.mats(  # type: ignore[misc]
+                        f.thetas, f.statistics, iterations=n, **e
+                    )
+                },
                 rounds,
             )["ours"]
             if enough
@@ -336,13 +344,20 @@ def scipys_way(found: Suite, cap: int) -> dict[int, tuple[dict[str, Tensor], flo
     """
     rest = merging.mats(found.thetas, found.statistics, iterations=0).state_dict
     rest |= merging.mats(
-        found.thetas, found.statistics, objective=("block_fisher",), iterations=20
+        found.thetas,
+        found.statistics,
+        objective=("block_fisher",),
+        iterations=20,
+        averaged=found.averaged,
+        radius=None,
     ).state_dict
+    named = re.compile("|".join(found.averaged) or "(?!)")
+    layers = [name for name in found.layers if not named.search(name)]
     counts = [count for count in COUNTS if count <= cap]
     states = {count: dict(rest) for count in counts}
     seconds = dict.fromkeys(counts, 0.0)
-    for number, name in enumerate(found.layers, start=1):
-        print(f"\rSciPy's way: layer {number} of {len(found.layers)}", end="", file=sys.stderr)
+    for number, name in enumerate(layers, start=1):
+        print(f"\rSciPy's way: layer {number} of {len(layers)}", end="", file=sys.stderr)
         for count, (value, after) in kept_states(found, name, counts).items():
             states[count][name] = value
             seconds[count] += after

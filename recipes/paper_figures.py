@@ -3,62 +3,82 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
 
 from bench import Cell
 from compare import REFERENCES
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import ScalarFormatter
 from paper_tables import Record
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = ["write_figures"]
+
+STYLES = ("--", "-", ":", "-.")  # of the solvers, in their order
+MARKERS = "os^Dv*P"
 
 
 def write_figures(
     records: Sequence[Record], tasks: Sequence[str], folder: Path, name: str
 ) -> list[Path]:
-    """Those that there are measurements for: by iterations, by cost, by task."""
-    from matplotlib.figure import Figure
-
-    drawn: dict[str, Callable[[Axes, Sequence[Record]], bool]] = {
-        "iterations": draw_iterations,
-        "cost": draw_cost,
-        "tasks": lambda axes, found: draw_tasks(axes, found, tasks),
+    """Those that something has been measured for; those of earlier measurements go."""
+    draw: dict[str, Callable[[], Figure | None]] = {
+        "iterations": lambda: by_iterations(records),
+        "cost": lambda: by_cost(records),
+        "tasks": lambda: by_task(records, tasks),
     }
     written = []
-    for kind, draw in drawn.items():
-        width = 9 if kind != "tasks" else 4 + 1.2 * len(tasks)
-        figure = Figure(figsize=(width, 5), layout="constrained")  # no pyplot: no window
-        axes = figure.subplots()
+    for kind, make in draw.items():
         path = folder / f"{name}-{kind}.png"
-        if draw(axes, records):
-            axes.spines[["top", "right"]].set_visible(False)
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-            temporary = path.with_name(path.name + ".part")
-            figure.savefig(temporary, format="png", dpi=160)
-            temporary.replace(path)
-            written.append(path)
-        else:
-            path.unlink(missing_ok=True)  # of other measurements
+        figure = make()
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        temporary = path.with_name(path.name + ".part")
+        figure.savefig(temporary, format="png", dpi=160)
+        temporary.replace(path)
+        written.append(path)
     return written
 
 
-def draw_iterations(axes: "Axes", records: Sequence[Record]) -> bool:
-    """Validation average against iterations: a line an objective, solver and start."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        if record.table == "starts" and record.cell is not None:
-            line = lines.setdefault(f"{record.label}, {record.settings}", [])
-            line.append((record.iterations, record.cell.average))
-    styles = {"plain": "--", "preconditioned": "-"}
-    for number, (label, points) in enumerate(lines.items()):
-        style = next((s for word, s in styles.items() if f", {word}," in label), "-")
-        axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}", label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("iterations")
-    axes.set_ylabel("average on validation rows")
-    return bool(lines)
+def by_iterations(records: Sequence[Record]) -> Figure | None:
+    """Validation average against iterations: a panel an objective, a colour a start."""
+    found = [r for r in records if r.table == "starts" and r.cell is not None]
+    if not found:
+        return None
+    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for record in found:
+        assert record.cell is not None
+        objective, _, solver = record.label.partition(", ")
+        points = lines.setdefault((objective, solver, record.settings), [])
+        points.append((record.iterations, record.cell.average))
+    objectives, solvers, starts = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    figure = Figure(figsize=(2 + 4 * len(objectives), 4.5), layout="constrained")  # no window
+    panels = figure.subplots(1, len(objectives), sharey=True, squeeze=False)[0]
+    for (objective, solver, start), points in lines.items():
+        panels[objectives.index(objective)].plot(
+            *zip(*sorted(points), strict=True),
+            STYLES[solvers.index(solver) % len(STYLES)],
+            marker="o",
+            markersize=4,
+            color=f"C{starts.index(start)}",
+        )
+    for objective, panel in zip(objectives, panels, strict=True):
+        panel.set_title(objective)
+        panel.set_xscale("log")
+        panel.set_xticks(sorted({r.iterations for r in found}), minor=False)
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.minorticks_off()
+        panel.set_xlabel("iterations")
+        tidy(panel)
+    panels[0].set_ylabel("average on validation rows")
+    keys = [Line2D([], [], color=f"C{n}", label=start) for n, start in enumerate(starts)]
+    for number, solver in enumerate(solvers):
+        (key,) = panels[0].plot([], [], STYLES[number % len(STYLES)], color="black", label=solver)
+        keys.append(key)
+    figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
 
 
 def averages_of(records: Sequence[Record]) -> Mapping[str, list[Cell]]:
@@ -70,44 +90,60 @@ def averages_of(records: Sequence[Record]) -> Mapping[str, list[Cell]]:
     return found
 
 
-def draw_cost(axes: "Axes", records: Sequence[Record]) -> bool:
-    """Test average against seconds: of the merge, or of multitask training."""
+def by_cost(records: Sequence[Record]) -> Figure | None:
+    """Test average against seconds, of the merge or of multitask training: a point a seed."""
     found = averages_of(records)
     merged = {name: cells for name, cells in found.items() if name not in REFERENCES}
-    for name, style in (("individual", "--"), ("pretrained", ":")):
+    if not merged:
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, cells) in enumerate(merged.items()):
+        seconds = [max(cell.merge_seconds, 0.01) for cell in cells]  # the axis is logarithmic
+        averages = [cell.average for cell in cells]
+        marker = MARKERS[number // 10 % len(MARKERS)]
+        axes.scatter(seconds, averages, marker=marker, color=f"C{number % 10}", label=label)
+    for name, style in zip(REFERENCES, ("--", ":"), strict=True):
         if name in found:
             average = mean(cell.average for cell in found[name])
             axes.axhline(average, color="black", linestyle=style, linewidth=1, label=name)
-    for number, (label, cells) in enumerate(merged.items()):
-        seconds = [max(cell.merge_seconds, 0.01) for cell in cells]
-        averages = [cell.average for cell in cells]
-        marker = "os^Dv*P"[number // 10 % 7]
-        axes.scatter(seconds, averages, marker=marker, color=f"C{number % 10}", label=label)
     axes.set_xscale("log")
     axes.set_xlabel("seconds of the merge, or of multitask training")
     axes.set_ylabel("average on test rows")
-    return bool(merged)
+    tidy(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
 
 
-def draw_tasks(axes: "Axes", records: Sequence[Record], tasks: Sequence[str]) -> bool:
+def by_task(records: Sequence[Record], tasks: Sequence[str]) -> Figure | None:
     """Test scores: bars of the methods for each task, with the range over the seeds."""
     found = averages_of(records)
-    width = 0.8 / max(1, len(found))
+    if not found:
+        return None
+    figure = Figure(figsize=(4 + 1.6 * len(tasks), 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(found)
     for number, (label, cells) in enumerate(found.items()):
         scores = [[cell.scores[task] for cell in cells] for task in tasks]
         heights = [mean(values) for values in scores]
         below = [h - min(v) for h, v in zip(heights, scores, strict=True)]
         above = [max(v) - h for h, v in zip(heights, scores, strict=True)]
-        places = [place + number * width for place in range(len(tasks))]
-        errors = [below, above] if len(cells) > 1 else None
-        colour = (0.15 + 0.8 * number / max(1, len(found)),)
-        axes.bar(places, heights, width, yerr=errors, label=label, color=colormap(colour[0]))
+        axes.bar(
+            [place + (number + 0.5) * width for place in range(len(tasks))],
+            heights,
+            width,
+            yerr=[below, above] if len(cells) > 1 else None,
+            error_kw={"linewidth": 0.6},
+            color=colormaps["nipy_spectral"](0.1 + 0.85 * number / len(found)),
+            label=label,
+        )
     axes.set_xticks([place + 0.4 for place in range(len(tasks))], tasks)
     axes.set_ylabel("score on test rows")
-    return bool(found)
+    tidy(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
 
 
-def colormap(value: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["nipy_spectral"](value)
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, axis="y")

@@ -176,6 +176,34 @@ class Wide(nn.Module):
         return classified(self.head(x), batch)
 
 
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+@pytest.mark.parametrize("name", CASES)
+def test_diagonal_fisher_has_the_closed_form_whatever_the_axes(
+    name: str, preconditioner: str | None
+) -> None:
+    make, batches = CASES[name]
+    thetas, statistics = [], []
+    for seed in (0, 1, 2):
+        torch.manual_seed(seed)
+        model = make().double()
+        statistics.append(captured(model, batches)[0])
+        thetas.append({n: p.detach() for n, p in model.named_parameters()})
+    merged = mats(
+        thetas,
+        statistics,
+        objective="diagonal_fisher",
+        preconditioner=preconditioner,
+        iterations=2000,
+        tolerance=1e-12,
+        floor=1e-2,
+        normalize=False,
+    ).state_dict
+    for parameter in statistics[0].diagonal_fisher:
+        fishers = [s.diagonal_fisher[parameter].clamp(min=1e-2) for s in statistics]
+        weighted = sum(f * t[parameter] for f, t in zip(fishers, thetas, strict=True))
+        torch.testing.assert_close(merged[parameter], weighted / sum(fishers), rtol=1e-9, atol=1e-9)
+
+
 def block_diagonal(factor: Tensor, blocks: int) -> Tensor:
     """What is left of a factor (d, d) that is cut into blocks."""
     size = len(factor) // blocks

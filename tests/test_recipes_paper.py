@@ -1,8 +1,10 @@
 """recipes/paper.py on a tiny model: what is measured, kept, chosen, resumed and reported."""
 
 import csv
+import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,14 +18,16 @@ import train_tasks
 import yaml
 from bench import Opened
 from cells import Cells
+from compare import merges_of
 from paper_seeds import Seed
 from paper_settings import read_setting
+from paper_tables import AblationTable, StartTable
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from train_tasks import task_module
 
-from mats_lightning import MergeModule, Task, load_statistics
+from mats_lightning import MergeModule, Task, collect_statistics, load_statistics
 
 __all__ = ["bert"]  # a fixture
 
@@ -283,6 +287,7 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
         expected = by_hand(path, "mats", {**options, **changes}, "validation")
         assert cell.scores == pytest.approx(expected)
 
+    assert (tmp_path / "out/results/tiny-iterations.png").stat().st_size > 0
     (sidecar,) = (tmp_path / "out/tasks").glob("kind-*/kind.ckpt.statistics-*")
     statistics = load_statistics(sidecar)
     assert statistics.examples == 40
@@ -439,6 +444,31 @@ def test_the_settings_can_be_read(name: str, fast: bool) -> None:
     label, found = read_setting(name, fast)
     assert label == name and found.tables
     assert found.options["output_dir"].endswith("-fast") == fast
+
+
+@pytest.mark.parametrize("name", ["text_full", "vision_full", "intermediate"])
+def test_what_the_settings_merge_by_exists(name: str, bert: Path, tmp_path: Path) -> None:
+    """Known before the hours that come before it: methods, their options, those of statistics."""
+    found = read_setting(name)[1]
+    methods = list(found.methods.values())
+    methods += found.intermediate.methods.values() if found.intermediate else []
+    merges = [one for method in methods for one in merges_of(method)]
+    seed = seed_of(setting(tmp_path, bert))
+    if found.ablations:
+        lines = AblationTable(found.ablations, seed).lines()
+        merges += [line.merge for line in lines if line.merge is not None]
+    if found.starts:
+        lines = StartTable(found, replace(found.starts, labels=["average"]), seed).lines()
+        merges += [line.merge for line in lines if line.merge is not None]
+    tasks = [seed.suite.start(task) for task in WORDS]
+    for wanted in merges:
+        options = dict(wanted.options)
+        if wanted.method == "mats":
+            options["iterations"] = list(wanted.counts)
+        MergeModule(tasks, wanted.method, options, pretrained=seed.starts[0])
+        arguments = set(wanted.statistics or {}) - {"rows"}
+        assert arguments <= set(inspect.signature(collect_statistics).parameters)
+    assert merges
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class MatrixForm:
 
     A linear weight as it is, (d_out, d_in), and transposed in Hugging Face's Conv1D. With groups
     of a convolution, or factors cut into blocks: (groups, blocks of G, blocks of A, d_out, d_in),
-    each a matrix of its own.
+    each a matrix of its own. Operators that act number by number see any parameter as it is.
     """
 
     shape: tuple[int, ...]  # the parameter's own
@@ -30,6 +30,7 @@ class MatrixForm:
     groups: int = 1
     blocks_in: int = 1
     blocks_out: int = 1
+    as_it_is: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -42,6 +43,8 @@ class MatrixForm:
         return self.groups == self.blocks_in == self.blocks_out == 1
 
     def of(self, weight: Tensor) -> Tensor:
+        if self.as_it_is:
+            return weight
         matrix = weight.T if self.transposed else weight.flatten(1) if weight.ndim > 2 else weight
         if self.whole:
             return matrix
@@ -87,7 +90,7 @@ def matrix_form(name: str, kind: str, statistics: Statistics, shape: torch.Size)
     """
     module = statistic_name(name, kind, statistics)
     if kind not in ("gram", "kfac") or (kind == "gram" and of_embedding(module, statistics)):
-        return MatrixForm(tuple(shape))
+        return MatrixForm(tuple(shape), as_it_is=True)
     blocks_in, blocks_out = statistics.info.get("blocks", {}).get(module, (1, 1))
     form = MatrixForm(
         tuple(shape),

@@ -14,7 +14,6 @@ the blocks that are computed. What an elementwise operation or a copy takes is i
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import CONSOLE, Run, in_turns, machine, ratios, spread
+from measuring import CONSOLE, Run, in_turns, machine, memory_of, ratios, spread
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -306,8 +305,7 @@ def peak(name: str, examples: int, kinds: Sequence[str]) -> tuple[float, float]:
     for _ in range(3):
         train(model, optimizer, inputs, labels, capture)
     sums = sum(t.nbytes for t in capture.statistics.tensors.values()) if capture else 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, sums / 1e6
+    return memory_of("VmHWM"), sums / 2**20
 
 
 def memory(name: str) -> dict[str, Any]:

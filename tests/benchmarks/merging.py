@@ -32,7 +32,7 @@ import lightning as L
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from measuring import CONSOLE, in_turns, machine, ratios, spread
+from measuring import CONSOLE, in_turns, machine, memory_of, ratios, spread
 from rich.table import Table
 from torch import Tensor
 
@@ -442,12 +442,6 @@ def scaled(folder: Path, tasks: int) -> tuple[float, float]:
     start = time.perf_counter()
     merging.mats(thetas, records, iterations=5)
     return time.perf_counter() - start, memory_of("VmHWM") - before
-
-
-def memory_of(what: str) -> float:
-    """VmRSS, in use now, or VmHWM, the peak, in MB (Linux alone tells)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(what)) / 1024
 
 
 def scaling(_: Sequence[Suite], rounds: int) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ class MergeCard:
     `method` and `options` are those of `mats_lightning.merging`, options in plain values (numbers,
     text, lists and mappings of them). `base_model` is the common start: a hub id, or a path, of
     which only the last part is printed. `versions` is {package: version}; `scores` the merged
-    model's {task: score in the task's metric}, None where it was not evaluated.
+    model's {task: score in the task's metric}, None where it was not evaluated. `refreshed` says
+    that rows of the tasks were needed after the merge.
     """
 
     method: str
@@ -35,6 +36,14 @@ class MergeCard:
     base_model: str | None
     versions: Mapping[str, str]
     scores: Mapping[str, float] | None = None
+    refreshed: bool = False
+
+    @property
+    def start(self) -> str | None:
+        """The common start, as it is printed: the rest of a path says nothing to others."""
+        if self.base_model is None or _is_hub_id(self.base_model):
+            return self.base_model
+        return Path(self.base_model).name
 
 
 def merge_card(card: MergeCard, title: str, library: str, program: str) -> ModelCard:
@@ -42,12 +51,9 @@ def merge_card(card: MergeCard, title: str, library: str, program: str) -> Model
 
     Raises ValueError for an option that is no plain value, and scores of no task.
     """
-    start = card.base_model
-    hub = start is not None and _is_hub_id(start)
-    if start is not None and not hub:
-        start = Path(start).name  # the rest of a path says nothing to others
+    start = card.start
     metadata = ModelCardData(
-        base_model=start if hub else None,
+        base_model=start if card.base_model and _is_hub_id(card.base_model) else None,
         library_name=library,
         tags=["merge", "mats_lightning"],
     )
@@ -58,6 +64,7 @@ def merge_card(card: MergeCard, title: str, library: str, program: str) -> Model
         "parameters": {name: _plain(value, name) for name, value in card.options.items()},
     }
     origin = f", fine-tuned from {start}" if start else ""
+    rows = ", and refreshed with statistics of their rows at the merged weights"
     return ModelCard(
         f"""---
 {metadata.to_yaml()}
@@ -66,8 +73,8 @@ def merge_card(card: MergeCard, title: str, library: str, program: str) -> Model
 # {title}
 
 {len(card.tasks)} models{origin}, one a task, merged into this one by mats_lightning without
-their data. Examples are those that a model's statistics were taken from; the score is the merged
-model's.
+their data{rows if card.refreshed else ""}. Examples are those that a model's statistics were taken
+from; the score is the merged model's.
 
 {_task_table(card)}
 

@@ -2,7 +2,7 @@
 
 Four forms are read: a Lightning checkpoint, one safetensors file, a Hugging Face folder of
 safetensors files, and an adapter's folder as peft saves it. None is unpickled beyond what
-`torch.load(weights_only=True)` admits.
+`torch.load(weights_only=True)` admits. One safetensors file is what is written.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mats_lightning.names import plain_name
@@ -24,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAME = "default"  # under which peft loads an adapter that is given no other name
+# attribute of peft's configuration inside of a module: what it was before a merge changed it
+AS_BUILT = "as_built"
 
 
 def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str, Tensor]:
@@ -69,6 +72,13 @@ def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str,
         stored = _plain_names(state_dict, prefix, path)
         return {name: state_dict[key] for name, key in stored.items()}
     return SafetensorsWeights(files, prefix, path)
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """A safetensors file, as Hugging Face's libraries write it."""
+    # clones, for save_file refuses tensors that share memory
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    save_file(own, file, metadata={"format": "pt"})
 
 
 class SafetensorsWeights(Mapping[str, Tensor]):
@@ -121,8 +131,13 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return path.name == ADAPTER and path.is_file()
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """peft's configuration of the adapter. Raises FileNotFoundError or ValueError without one."""
+def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """peft's configuration of the adapter, by its folder or its file of weights.
+
+    Raises FileNotFoundError or ValueError without one.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise FileNotFoundError(

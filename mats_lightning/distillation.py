@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mats_lightning.batches import Masks, default_masks
 from mats_lightning.sampled import LogitsFn
 
 
@@ -20,10 +21,12 @@ def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module
 
     Arguments:
         teacher: called in eval mode and without gradient, on the batches that the model gets.
-        logits_fn: as in collect_statistics, of both: (N, C), or (N, R, C), where all positions
-            count unless it gives (logits, mask (N, R)).
+        logits_fn: as in collect_statistics, of both: (N, C), or (N, R, C), where the positions
+            count that collect_statistics draws labels at: those of the batch's mask (a Hugging
+            Face batch's attention mask), unless it gives (logits, mask (N, R)).
 
-    The loss raises ValueError where the two do not give logits of one shape.
+    The loss raises ValueError where the two do not give logits of one shape, and for a mask of
+    another.
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -42,6 +45,14 @@ def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module
             raise ValueError(
                 f"the teacher gives logits {tuple(target.shape)} and the model"
                 f" {tuple(logits.shape)} for one batch: the teacher must be of the same task"
+            )
+        if keep is None and logits.ndim == 3:
+            keep = Masks.of(default_masks(model)(batch)).of_output(logits.shape[:-1])
+        if keep is not None and keep.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"the logits have shape {tuple(logits.shape)} and the mask {tuple(keep.shape)}: let"
+                f" logits_fn give (logits, mask) with a mask {tuple(logits.shape[:-1])}, true"
+                " where a position counts"
             )
         wide = torch.promote_types(logits.dtype, torch.float32)
         losses = F.cross_entropy(

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mats_lightning.card import MergeCard, merge_card
-from mats_lightning.checkpoints import ADAPTER, ADAPTER_CONFIG
+from mats_lightning.checkpoints import ADAPTER, ADAPTER_CONFIG, save_weights
 from mats_lightning.names import plain_name
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def export_adapter(
     with _new_folder(folder) as partial:
         text = json.dumps(dict(config), indent=2, sort_keys=True)
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        _save(partial / ADAPTER, weights)
+        save_weights(weights, partial / ADAPTER)
         _save_heads(partial / HEADS, heads)
         if readme is not None:
             readme.save(partial / README)
@@ -180,13 +179,7 @@ def _check_names(tasks: Iterable[str]) -> None:
 def _save_heads(folder: Path, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
     for task, tensors in heads.items():
         folder.mkdir(exist_ok=True)
-        _save(folder / f"{task}.safetensors", tensors)
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # clones, for save_file refuses tensors that share memory
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own, file, metadata={"format": "pt"})
+        save_weights(tensors, folder / f"{task}.safetensors")
 
 
 def _remove(folder: Path) -> None:
@@ -217,7 +210,7 @@ def _program_of_model(
 
 def _program_of_adapter(card: MergeCard, heads: Mapping[str, Mapping[str, Tensor]]) -> str:
     """The same for an adapter; on which model it sits is for the reader to load."""
-    base = f"  # the {card.base_model} that it was trained on" if card.base_model else ""
+    base = f"  # the {card.start} that it was trained on" if card.start else ""
     lines = ['folder = "."', f"model = PeftModel.from_pretrained(model, folder){base}"]
     return _with_head(["from peft import PeftModel"], lines, heads)
 

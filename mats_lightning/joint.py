@@ -21,6 +21,7 @@ from mats_lightning.products import (
     factors_of,
     lora_of,
     product_models,
+    product_names,
     product_start,
     refactored,
 )
@@ -122,11 +123,18 @@ class JointMerge:
     def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
         """Other values of the shared parameters, in the state in use; the other states go.
 
-        Raises ValueError for a method that merges nothing, and for other names or shapes.
+        Raises ValueError for a method that merges nothing, for merged products of LoRA factors,
+        and for other names or shapes.
         """
         assert self._merged is not None
         if self.method in REFERENCES:
             raise ValueError(f"'{self.method}' merges nothing: there is no merged state to replace")
+        if self.lora_rank is not None:
+            raise ValueError(
+                f"lora_rank={self.lora_rank} merges the products of LoRA factors, and what it makes"
+                " of them are no task's own factors: nothing can be put in their place. To refresh"
+                " a merge of adapters, merge factor by factor (no lora_rank)"
+            )
         current = self._merged[SHARED][self.in_use].state_dict
         check_models([current, result.state_dict])
         self._merged[SHARED] = {self.in_use: result}
@@ -265,7 +273,10 @@ class JointMerge:
         """The expressions that these names have; each must be in a name of some part."""
         given = self.options["averaged"]
         patterns = [given] if isinstance(given, str) else list(given)
-        everywhere = dict.fromkeys(name for own, _ in self._parts().values() for name in own)
+        everywhere: dict[str, None] = {}
+        for part, (own, _) in self._parts().items():
+            products = part == SHARED and self.lora_rank is not None
+            everywhere |= dict.fromkeys(product_names(own) if products else own)
         names_with(patterns, list(everywhere), "averaged")
         return [p for p in patterns if any(re.search(p, name) for name in names)]
 

@@ -26,6 +26,7 @@ from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import (
     ADAPTER,
     ADAPTER_NAME,
+    AS_BUILT,
     adapter_config,
     adapter_key,
     load_weights,
@@ -188,7 +189,8 @@ def save_lora(
 def take_form(module: nn.Module, lora: Lora) -> None:
     """Give peft's LoRA layers inside of `module` the ranks and scalings of `lora`.
 
-    The factors of layers that change are empty then, and wait for a state dict.
+    The factors of layers that change are empty then, and wait for a state dict. The configuration
+    that the module was built with stays beside that of its new form, for its task's checkpoint.
     """
     layers: dict[str, Any] = {plain_name(name): layer for name, layer in module.named_modules()}
     for name in lora.layers:
@@ -203,8 +205,11 @@ def take_form(module: nn.Module, lora: Lora) -> None:
     for found in layers.values():
         configs = getattr(found, "peft_config", None)
         if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
+            config = configs[ADAPTER_NAME]
+            if not hasattr(config, AS_BUILT):
+                setattr(config, AS_BUILT, config.to_dict())
             for key in lora.config.keys() & FORM:  # for save_pretrained
-                setattr(configs[ADAPTER_NAME], key, lora.config[key])
+                setattr(config, key, lora.config[key])
 
 
 def _check_lora(lora: Lora, what: str) -> None:

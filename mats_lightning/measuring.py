@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mats_lightning.checkpoints import load_weights
+from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.collect import collect_statistics
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.names import plain_name
@@ -102,6 +101,12 @@ def _put(merged: Mapping[str, Tensor], module: nn.Module, source: str | os.PathL
     with torch.no_grad():
         for name in merged:
             value = merged[name]
+            if value.dtype != own[name].dtype:  # its digest would be that of other weights
+                raise ValueError(
+                    f"'{name}' is {value.dtype} in {source} and {own[name].dtype} in"
+                    f" {type(module).__name__}: convert the module, module.to({value.dtype}), or"
+                    f" save the weights in {own[name].dtype}"
+                )
             if value.shape != own[name].shape:
                 raise ValueError(
                     f"'{name}' has shape {tuple(value.shape)} in {source} and"
@@ -126,9 +131,10 @@ def next_weights(
 
     Arguments:
         weights: the merged weights, as `load_weights` reads them, `prefix` put before their names.
+            In `out` they have none, so that the next round takes `out` as this one `weights`.
         sidecars: one a task, of `measure` at these weights.
         checkpoints: the tasks' own, in the order of the sidecars; with mix=1 there is no need.
-            Of each only what `weights` holds is taken.
+            Of each only what `weights` holds is taken; where names lack the prefix they get it.
         options: of `merging.refresh_step`.
 
     Raises ValueError for statistics of other weights, and what `refresh_step`, `load_weights` and
@@ -140,16 +146,17 @@ def next_weights(
         check_belongs(task, merged, f"{path} with {weights}")
     thetas = None
     if checkpoints is not None:
-        thetas = [_only(load_weights(path), merged, path) for path in checkpoints]
+        thetas = [_only(merged, path, prefix) for path in checkpoints]
     result = refresh_step(merged, statistics, thetas, **options)
-    save_state(result.state_dict, out)
+    save_state({n.removeprefix(prefix): t for n, t in result.state_dict.items()}, out)
     return result
 
 
-def _only(
-    theta: Mapping[str, Tensor], merged: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> Part:
+def _only(merged: Mapping[str, Tensor], path: str | os.PathLike[str], prefix: str) -> Part:
     """What the merged weights hold of a checkpoint: no head."""
+    theta = load_weights(path)
+    if not any(name.startswith(prefix) for name in theta):
+        theta = load_weights(path, prefix)
     if missing := [name for name in merged if name not in theta]:
         raise ValueError(
             f"{path} does not have '{missing[0]}', which is among the merged weights"
@@ -160,6 +167,4 @@ def _only(
 
 def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """A safetensors file, written to a temporary name and renamed."""
-    # clones, for save_file refuses tensors that share memory
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    write_atomically(Path(path), lambda file: save_file(own, file, metadata={"format": "pt"}))
+    write_atomically(Path(path), lambda file: save_weights(state, file))

@@ -60,15 +60,11 @@ def _export_adapter(
 ) -> Path:
     """The merged adapter; each task's head, in it (`modules_to_save`) or outside, is apart."""
     first = next(iter(joint.tasks.values()))
-    path = Path(first.checkpoint)
     lora = joint.adapter_of(first.name)
-    if lora is None:
-        config: Mapping[str, Any] = adapter_config(path if path.is_dir() else path.parent)
-    else:
-        config = lora.config
+    config = adapter_config(first.checkpoint) if lora is None else lora.config
     state = joint.state_of(first.name)
     weights = {adapter_key(n.removeprefix(first.prefix)): state[n] for n in joint.shared}
-    heads = {name: _head(task) for name, task in joint.tasks.items()}
+    heads = {name: _head(task, joint.state_of(name)) for name, task in joint.tasks.items()}
     card = _card(joint, scores, config.get("base_model_name_or_path"))
     return export_adapter(
         folder,
@@ -81,9 +77,9 @@ def _export_adapter(
     )
 
 
-def _head(task: Task) -> dict[str, Tensor]:
-    """What belongs to the task alone: in its adapter, and outside of the model below it."""
-    own = {name: tensor for name, tensor in task.weights.items() if task.owns(name)}
+def _head(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The task's head: of the merged adapter's `state`, and outside of the model below it."""
+    own = {name: tensor for name, tensor in state.items() if task.owns(name)}
     for key, tensor in task.module.state_dict().items():
         if (name := plain_name(key)) not in own and not name.startswith(task.prefix):
             own[name] = tensor
@@ -115,4 +111,5 @@ def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None
         base_model=base_model or None,
         versions=versions(),
         scores=scores or None,
+        refreshed=bool(joint.refreshed),
     )

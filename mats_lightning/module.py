@@ -130,7 +130,7 @@ class MergeModule(pl.LightningModule):
         """Put other values of `shared_state` in place; the model card says `how` they were made.
 
         The states of other iteration counts are let go of. Raises ValueError for other names or
-        shapes, and for a method that merges nothing.
+        shapes, for a method that merges nothing, and with lora_rank.
         """
         self.merge()
         self._joint.replace_shared(result, how)

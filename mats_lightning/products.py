@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mats_lightning.checkpoints import adapter_config, is_adapter
-from mats_lightning.lora import A, B, Lora, lora_products
+from mats_lightning.lora import BASE, A, B, Lora, lora_products
 from mats_lightning.low_rank import refactor
 from mats_lightning.merging import MergeResult
 from mats_lightning.statistics import Statistics
@@ -27,8 +26,7 @@ def lora_of(task: Task) -> Lora | None:
     """The LoRA adapter that is the task's checkpoint; None where it is something else."""
     if not is_adapter(task.checkpoint):
         return None
-    path = Path(task.checkpoint)
-    config = adapter_config(path if path.is_dir() else path.parent)
+    config = adapter_config(task.checkpoint)
     return Lora(config, task.weights, task.prefix) if config["peft_type"] == "LORA" else None
 
 
@@ -52,6 +50,11 @@ def factors_of(task: Task) -> Lora:
             " none: name it in Task(head=...) if it is the task's own"
         )
     return replace(lora, weights=shared)
+
+
+def product_names(factors: Sequence[str]) -> list[str]:
+    """What the products of these factors are called."""
+    return [name.removesuffix(A) + BASE for name in factors if name.endswith(A)]
 
 
 def product_models(adapters: Sequence[Lora], device: torch.device) -> list[Part]:

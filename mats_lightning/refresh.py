@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Subset
 from mats_lightning.distillation import soft_targets
 from mats_lightning.measuring import statistics_at
 from mats_lightning.merging import MergeResult, refresh_step
+from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule, load_state
 from mats_lightning.rounds import Folder, RefreshPlan, Round
-from mats_lightning.sampled import LogitsFn
+from mats_lightning.sampled import LogitsFn, choose_fisher
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.record import GRADIENT
@@ -52,7 +53,8 @@ def refresh(
 
     Each round takes the statistics of every task's training rows at the merged weights (in eval
     mode), takes the step, and validates. Validation decides by the average of the tasks' primary
-    metrics, higher being better: so no score on these rows is a fair one afterwards.
+    metrics, higher being better: so no score on these rows is a fair one afterwards, and
+    `module.scores` is empty until the next test.
 
     Arguments:
         module: heads stay as they are, merged ones too; weights of the tasks are those of the
@@ -67,8 +69,8 @@ def refresh(
             training rows in an order that depends on `seed` alone.
 
     Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing,
-    several devices, training loaders that rows cannot be picked from, a folder with another
-    refresh, and what merging and collecting raise.
+    merged products of LoRA factors (lora_rank), several devices, training loaders that rows cannot
+    be picked from, a folder with another refresh, and what merging and collecting raise.
     """
     plan = plan or RefreshPlan()
     trainer = trainer or _quiet_trainer()
@@ -77,6 +79,8 @@ def refresh(
             f"the trainer has {trainer.world_size} devices: a refresh takes its statistics on one;"
             " pass Trainer(devices=1)"
         )
+    if plan.fisher == "sampled":
+        choose_fisher(plan.fisher, logits_fn, plan.seed, draws=1)  # raises without logits_fn
     if plan.labels == "teacher" and logits_fn is None:
         raise ValueError(
             "labels='teacher' needs the logits of the tasks' modules: pass logits_fn=lambda"
@@ -106,12 +110,15 @@ class _Refresh:
         self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
         self.device = trainer.strategy.root_device
         self.state: State = {}  # the merged parameters, after the rounds that are done
+        for task in module.tasks.values():
+            self._batches(task)  # says now where there are none
         module.merge(self.device, progress)
         self._put(module.shared_state(), [])  # says so where nothing is merged
+        names_with(plan.kept, list(self.state), "kept")
         self.folder = Folder(Path(folder), asdict(plan), self.state)
 
     def run(self) -> list[Round]:
-        rounds = self.folder.history()
+        rounds = self.folder.history()[: self.plan.rounds + 1]
         if rounds:
             self._put(self.folder.state(rounds), rounds)
         else:
@@ -129,7 +136,7 @@ class _Refresh:
                 f" validation, "
                 + (f"step {last.step:g}" if last.taken else "every step was worse: taken back")
             )
-        self.module.scores = dict(rounds[-1].scores)
+        self.module.scores = {}  # those of the rounds chose them: no card shows them as its own
         return rounds
 
     def _round(self, number: int, before: list[Round]) -> Round:

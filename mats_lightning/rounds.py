@@ -13,6 +13,7 @@ from torch import Tensor
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.measuring import save_state
 from mats_lightning.merging.mats import objective_kinds
+from mats_lightning.merging.models import check_range
 from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX, digest, write_atomically
 
@@ -24,7 +25,8 @@ class RefreshPlan:
     """What a refresh does; all of it is kept in its folder, and most on the model card.
 
     Arguments:
-        rounds: at most; a round that cannot be kept is the last one.
+        rounds: at most; a round that cannot be kept is the last one. A folder may hold more: they
+            stay there.
         rows: of each task, the same in every round.
         mix, step, iterations, damping, preconditioner_damping, radius, normalize, objective,
             kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
@@ -67,6 +69,8 @@ class RefreshPlan:
                 raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
         if not 0 < self.step < float("inf"):
             raise ValueError(f"step={self.step}; it must be a positive number")
+        for name in ("damping", "preconditioner_damping", "radius"):
+            check_range(name, getattr(self, name) or 0.0)
         for name, known in (("fisher", FISHERS), ("labels", LABELS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")

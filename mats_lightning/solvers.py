@@ -42,7 +42,10 @@ def conjugate_gradient(
     Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
     along which C is positive by more than rounding: where C is singular, a step along such a
     direction would be of any length. A step that would lead further than `radius` from `x0` is
-    shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983).
+    shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983). The
+    distance grows from step to step in the norm of the preconditioner's inverse, and is measured
+    in the Euclidean one here: with a preconditioner the path may come back into the ball that it
+    leaves, and to stop where it leaves first is a heuristic.
     `preconditioner` applies an approximate inverse of C, symmetric positive definite. `residual`
     gives b - C x, where that can be had with less rounding than from `matvec`. It is what the
     iteration starts with, and what must be within the tolerance at the end: the recursion's own
@@ -116,7 +119,7 @@ def _dot(x: Tensor, y: Tensor) -> float:
 
 def _to_edge(moved2: float, moved_p: float, p2: float, radius: float) -> float:
     """The t >= 0 with |moved + t p| = radius: the larger root of a quadratic equation."""
-    left = radius**2 - moved2
+    left = radius * radius - moved2  # inf for the largest, where ** raises
     root = math.sqrt(max(moved_p**2 + p2 * left, 0.0))
     return max((root - moved_p) / p2, 0.0)
 

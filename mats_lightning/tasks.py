@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,14 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mats_lightning.checkpoints import ADAPTER_NAME, adapter_config, is_adapter, load_weights
+from mats_lightning.checkpoints import (
+    ADAPTER_NAME,
+    AS_BUILT,
+    adapter_config,
+    is_adapter,
+    load_weights,
+)
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
 
 # of an adapter's configuration: what decides how its parameters act on a layer
 SCALING = ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora")
-MEANING = (*SCALING, "r", "rank_pattern", "feedforward_modules")
+FORM = (*SCALING, "r", "rank_pattern")
+MEANING = (*FORM, "feedforward_modules")
 LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
 
 
@@ -65,7 +71,7 @@ class Task:
             weights = load_weights(self.checkpoint, self.prefix)
         state = self.module.state_dict().items()
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
-        if is_adapter(self.checkpoint):
+        if adapter := is_adapter(self.checkpoint):
             self._check_adapter()
             expected = {n: s for n, s in expected.items() if ADAPTER_NAME in n.split(".")}
         if different := sorted(set(expected) ^ set(weights)):
@@ -77,7 +83,10 @@ class Task:
                 " prefix its names have in Task(prefix=...)"
             )
         for name, shape in expected.items():
-            if weights[name].shape != shape:
+            shapes = [weights[name].shape, shape]
+            if adapter:  # whose ranks are compared
+                shapes = [_without_rank(name, shape) for shape in shapes]
+            if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"task '{self.name}': '{name}' has shape {tuple(weights[name].shape)} in"
                     f" {self.checkpoint}, {type(self.module).__name__} has {tuple(shape)}: build"
@@ -86,15 +95,18 @@ class Task:
         return weights
 
     def _check_adapter(self) -> None:
-        """The same factors mean something else under another scaling."""
-        path = Path(self.checkpoint)
-        found = adapter_config(path if path.is_dir() else path.parent)
-        for expected in _adapter_configs(self.module):
-            for key in SCALING:
-                if (found.get(key) or None) != (expected.get(key) or None):
+        """The same factors mean something else under another scaling.
+
+        What a merge made of the module does not count: it gives it the form that it needs.
+        """
+        found = adapter_config(self.checkpoint)
+        for config in _adapter_configs(self.module):
+            forms = [config.to_dict(), getattr(config, AS_BUILT, config.to_dict())]
+            for key in FORM:
+                if _plain(found.get(key)) not in [_plain(form.get(key)) for form in forms]:
                     raise ValueError(
                         f"task '{self.name}': {self.checkpoint} was trained with"
-                        f" {key}={found.get(key)!r}, its module has {expected.get(key)!r}: build"
+                        f" {key}={found.get(key)!r}, its module has {forms[0].get(key)!r}: build"
                         " the module with the adapter's configuration"
                     )
 
@@ -192,7 +204,7 @@ def check_same_scaling(tasks: Sequence[Task]) -> None:
     The factors of a LoRA with another alpha or rank add something else to the weights, so their
     means are means of nothing; (IA)^3 vectors multiply a layer's input or its output.
     """
-    first, *others = [(task.name, _adapter_configs(task.module)) for task in tasks]
+    first, *others = [(task.name, _trained_with(task)) for task in tasks]
     for name, configs in others:
         for mine, theirs in zip(first[1], configs, strict=False):  # names are compared elsewhere
             for key in MEANING:
@@ -205,20 +217,35 @@ def check_same_scaling(tasks: Sequence[Task]) -> None:
                     )
 
 
-def _adapter_configs(module: torch.nn.Module) -> list[dict[str, Any]]:
+def _trained_with(task: Task) -> list[dict[str, Any]]:
+    """peft's configurations of the task's adapters: of the files, for a merge changes modules."""
+    if is_adapter(task.checkpoint):
+        return [adapter_config(task.checkpoint)]
+    return [config.to_dict() for config in _adapter_configs(task.module)]
+
+
+def _adapter_configs(module: torch.nn.Module) -> list[Any]:
     """peft's configurations of the adapters inside of a module."""
-    found: dict[int, dict[str, Any]] = {}  # PeftModel and the tuner inside of it share theirs
+    found: dict[int, Any] = {}  # PeftModel and the tuner inside of it share theirs
     for part in module.modules():
         configs: Any = getattr(part, "peft_config", None)
         if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
             config = configs[ADAPTER_NAME]
-            found[id(config)] = config.to_dict()
+            found[id(config)] = config
     return list(found.values())
+
+
+def _without_rank(name: str, shape: torch.Size) -> torch.Size:
+    """The shape of a LoRA factor but for its rank, which a merge may have changed."""
+    parts = name.split(".")
+    if "lora_A" in parts:  # (rank, d_in)
+        return shape[1:]
+    return torch.Size([*shape[:1], *shape[2:]]) if "lora_B" in parts else shape  # (d_out, rank)
 
 
 def _plain(value: Any) -> Any:
     """Sets and lists in one order, and None for what is empty."""
-    return sorted(value) if isinstance(value, set | list | tuple) else value or None
+    return (sorted(value) if isinstance(value, set | list | tuple) else value) or None
 
 
 def _begins(parameter: str, prefix: str) -> bool:

@@ -1,5 +1,6 @@
 """Adapters in a MergeModule: merged as products, of unlike form, exported, and (IA)^3."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_lora import HEAD, IDS, Classifier, adapted, base, batch, ia3, loss, saved, tasks
+from test_lora import (
+    HEAD,
+    IDS,
+    Classifier,
+    adapted,
+    base,
+    batch,
+    change_config,
+    ia3,
+    loss,
+    saved,
+    tasks,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -98,6 +111,35 @@ def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, logits(model))
 
 
+def test_what_a_merge_made_of_the_modules_is_not_what_the_adapters_are(tmp_path: Path) -> None:
+    """Its modules have the rank and scaling of one adapter: others have to be told apart still."""
+    pair = unlike(tmp_path, lora_alpha=3)
+    MergeModule(pair, "average", {"lora_rank": 4}).merge(progress=False)
+    with pytest.raises(ValueError, match="'bert1' and 'bert2' have lora_alpha=6 and 3"):
+        MergeModule(pair, "average").merge(progress=False)
+    anew = [replace(task, statistics=None) for task in pair]  # over modules in the merge's form
+    for task, seed in zip(anew, (1, 2), strict=True):
+        own = logits(MergeModule(anew, "individual").model(task.name))
+        options = {"lora_alpha": 3} if seed == 2 else {}
+        torch.testing.assert_close(own, adapted("bert", seed, **options)(IDS).logits)
+    change_config(Path(pair[0].checkpoint), lora_alpha=5)
+    with pytest.raises(ValueError, match=r"'bert1': .*trained with lora_alpha=5, its module has 6"):
+        MergeModule([replace(pair[0])], "average").merge(progress=False)
+
+
+def test_averaged_names_are_those_of_the_products(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lora_rank": 4, "iterations": 1}
+    pair = tasks(tmp_path)
+    module = MergeModule(pair, "mats", options | {"averaged": ["query.base_layer"]})
+    kinds = {name: block.statistic for name, block in module.blocks.items()}
+    assert {n for n, kind in kinds.items() if kind == "identity"} == {
+        name for name in kinds if "query" in name
+    }
+    for given in ("lora_A", "classifier"):  # neither is among what is merged
+        with pytest.raises(ValueError, match=rf"averaged: no parameter has '{given}' in its name"):
+            MergeModule(pair, "mats", options | {"averaged": given}).merge(progress=False)
+
+
 def unlike(folder: Path, **options: Any) -> list[Task]:
     """Two adapters, the second of another form."""
     found = []
@@ -179,6 +221,21 @@ def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any])
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         module.export(folder)
     assert module.export(folder, overwrite=True) == folder
+
+
+def test_the_head_of_a_group_is_exported_as_it_was_merged(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    for task in pair:
+        task.head_group = "one"
+        change_config(Path(task.checkpoint), base_model_name_or_path="/home/someone/models/minilm")
+    folder = MergeModule(pair, "average").export(tmp_path / "merged")
+    heads = [load_file(folder / "heads" / f"{task.name}.safetensors") for task in pair]
+    name = f"{HEAD[0]}.modules_to_save.default.weight"
+    mean = (pair[0].weights[name] + pair[1].weights[name]) / 2
+    for head in heads:
+        torch.testing.assert_close(head[name], mean)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# the minilm that it was trained on" in readme and "someone" not in readme
 
 
 # -- (IA)^3 ------------------------------------------------------------------------------------

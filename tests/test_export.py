@@ -172,9 +172,17 @@ def test_card_says_how_the_model_was_merged(tmp_path: Path, model: BertModel) ->
             "x0": None,
         },
     }
+    assert "one a task, merged into this one by mats_lightning without\ntheir data. Ex" in card.text
     assert "| trec | trec.ckpt | 2000 | accuracy | 0.941 |\n" in card.text
     assert "| sms spam | sms.ckpt |  | f1\\|macro |  |\n" in card.text
     assert "Made with mats_lightning 0.1.0, torch 2.13.0." in card.text
+
+
+def test_card_says_that_a_refresh_needed_rows(tmp_path: Path, model: BertModel) -> None:
+    refreshed = replace(CARD, refreshed=True)
+    folder = export_huggingface(tmp_path / "merged", model, None, {}, refreshed)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "their data, and refreshed with statistics of their rows at the merged weights." in text
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,13 @@ def test_positions_that_are_masked_do_not_count() -> None:
     assert torch.equal(loss(model, {"x": x + ~mask[..., None] * 9.0, "mask": mask}), before)
     p, q = (layer(x[mask]).softmax(-1) for layer in (teacher, model))
     torch.testing.assert_close(before, -(p * q.log()).sum() / 3)
+    # as labels are drawn: a Hugging Face batch's own mask, where logits_fn gives none
+    bare = soft_targets(teacher, lambda model, batch: model(batch["x"]))
+    torch.testing.assert_close(bare(model, {"x": x, "attention_mask": mask}), before)
+    whole = bare(model, {"x": x, "attention_mask": torch.ones_like(mask)})
+    torch.testing.assert_close(bare(model, {"x": x}), whole)
+    with pytest.raises(ValueError, match=r"logits have shape \(3, 4, 3\) and the mask \(3, 2\)"):
+        bare(model, {"x": x, "attention_mask": mask[:, :2]})
 
 
 def test_the_teacher_has_no_dropout_and_keeps_its_mode() -> None:

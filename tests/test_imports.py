@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"statistics"},
     "capture": {"batches", "broadcast", "statistics", "verification"},
     "sampled": {"batches", "capture"},
-    "distillation": {"sampled"},
+    "distillation": {"batches", "sampled"},
     "huggingface": set(),
     "sidecar": {"batches", "statistics"},
     "ranks": {"statistics"},

@@ -264,7 +264,8 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 3}, r".*lora_A\.default\.weight' has shape"),
+        ({"r": 3}, "was trained with r=2, its module has 3: build the module"),
+        ({"rank_pattern": {"query": 3}}, r"was trained with rank_pattern=\{\}, its module has"),
         ({"target_modules": ["value"]}, r".*lora_A\.default\.weight' is in the .* alone"),
         ({"lora_alpha": 4}, "was trained with lora_alpha=6, its module has 4: build the module"),
         ({"use_rslora": True}, "was trained with use_rslora=False, its module has True"),

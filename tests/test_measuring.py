@@ -191,7 +191,14 @@ def test_rounds_over_files_lower_the_loss_of_all(parties: Any) -> None:
     ("change", "message"),
     [
         ({"other": torch.ones(2)}, r"has 'other', which Module does not have \(1 such names\)"),
-        ({"body.0.bias": torch.ones(2)}, r"'body.0.bias' has shape \(2,\) in .* and \(5,\) in"),
+        (
+            {"body.0.bias": torch.ones(2).double()},
+            r"'body.0.bias' has shape \(2,\) in .* and \(5,\) in",
+        ),
+        (
+            {"body.0.bias": torch.ones(5).bfloat16()},
+            r"'body.0.bias' is torch.bfloat16 in .* and torch.float64 in Module: convert the mod",
+        ),
     ],
 )
 def test_weights_of_another_architecture_are_refused(
@@ -228,18 +235,30 @@ def test_names_get_the_prefix_that_they_have_in_the_module(tmp_path: Path) -> No
     )
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
     sidecar, out = tmp_path / "x.mats.safetensors", tmp_path / "next.safetensors"
-    measure(
-        tmp_path / "x.safetensors",
-        model,
-        [{"x": x, "y": y}],
-        sidecar,
-        prefix="backbone.",
-        statistics=("kfac", "block_fisher", "gradient"),
-        loss_fn=lambda m, b: F.cross_entropy(model.head(model.backbone(b["x"])), b["y"]),
-        progress=False,
-    )
+
+    def taken(weights: Path) -> Path:
+        measure(
+            weights,
+            model,
+            [{"x": x, "y": y}],
+            sidecar,
+            prefix="backbone.",
+            statistics=("kfac", "block_fisher", "gradient"),
+            loss_fn=lambda m, b: F.cross_entropy(model.head(model.backbone(b["x"])), b["y"]),
+            progress=False,
+        )
+        return weights
+
+    weights = taken(tmp_path / "x.safetensors")
     assert torch.equal(model.backbone.weight, torch.ones(2, 3).double())
-    next_weights(
-        tmp_path / "x.safetensors", [sidecar], out, prefix="backbone.", mix=1.0, damping=1.0
-    )
-    assert set(load_file(out)) == {"backbone.weight", "backbone.bias"}
+    options: dict[str, Any] = {"prefix": "backbone.", "mix": 0.5, "damping": 1.0}
+    own = {"weight": torch.zeros(2, 3).double(), "bias": torch.zeros(2).double()}
+    save_file(own, tmp_path / "folder.safetensors")
+    save_file({f"backbone.{n}": t for n, t in own.items()}, tmp_path / "lightning.safetensors")
+    for form in ("folder", "lightning"):  # checkpoints have the prefix, or get it
+        next_weights(weights, [sidecar], out, [tmp_path / f"{form}.safetensors"], **options)
+        assert set(load_file(out)) == {"weight", "bias"}
+    again = tmp_path / "again.safetensors"
+    next_weights(taken(out), [sidecar], again, [tmp_path / "folder.safetensors"], **options)
+    assert set(load_file(again)) == {"weight", "bias"}
+    assert torch.equal(model.backbone.weight, load_file(out)["weight"])

@@ -345,3 +345,17 @@ def changed(**tensors: Tensor | None) -> Statistics:
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refresh_step(**{"merged": MERGED, "statistics": ALL, "thetas": THETAS, **arguments})
+
+
+def test_without_a_radius_the_tasks_weights_are_read_no_second_time() -> None:
+    reads: list[str] = []
+
+    class Counting(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            reads.append(name)
+            return super().__getitem__(name)
+
+    for radius, times in ((None, 2), (10.0, 3)):  # one for the shape, one for the right-hand side
+        reads.clear()
+        refresh_step(MERGED, ALL, [Counting(theta) for theta in THETAS], radius=radius)
+        assert reads.count("layer.weight") == times * TASKS

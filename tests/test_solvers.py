@@ -165,9 +165,10 @@ def test_radius_ends_the_run_where_its_path_leaves_the_ball(
     assert found.residuals[-1] == pytest.approx(float((b - matrix @ found.value).norm() / b.norm()))
 
 
-def test_a_radius_beyond_the_path_changes_nothing() -> None:
+@pytest.mark.parametrize("radius", [1e6, 1e200])  # whose square is no float
+def test_a_radius_beyond_the_path_changes_nothing(radius: float) -> None:
     b, x0 = random(N, seed=1), random(N, seed=2)
-    wide = conjugate_gradient(times(positive()), b, x0, iterations=9, radius=1e6)
+    wide = conjugate_gradient(times(positive()), b, x0, iterations=9, radius=radius)
     assert not wide.at_edge
     assert torch.equal(wide.value, run(9).value)
 

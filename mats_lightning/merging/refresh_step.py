@@ -75,8 +75,8 @@ def refresh_step(
         step: what delta is multiplied by.
         damping: on the left side alone, times the mean eigenvalue of sum w_i C_i (of the
             parameter): it makes the step shorter where there is little curvature.
-        radius: as in `mats`, around theta_m; of no effect with mix = 1, where the tasks' own
-            weights are not known.
+        radius: as in `mats`, around theta_m, of delta: `step` is not counted. Of no effect with
+            mix = 1, where the tasks' own weights are not known.
         normalize: w_i / (mean eigenvalue of C_i) in place of w_i, a block at a time, in front of
             the gradient too: a step of Newton's method on the losses with these weights. They
             differ between the blocks, so many rounds with mix > 0 do not come to rest at the
@@ -138,14 +138,17 @@ def refresh_step(
                 b += (1 - mix) * _match(form, operators, thetas, theta_m, name)
             if mix > 0:
                 b -= mix * _slope(form, scales, statistics, theta_m, name)
-            away = [theta[name].detach().to(theta_m) for theta in thetas]
+            reach = math.inf
+            if radius is not None and thetas:
+                away = [theta[name].detach().to(theta_m) for theta in thetas]
+                reach = radius * distance(away, theta_m)
             delta, result.blocks[name] = _solve(
                 operators if any(scales) else [],
                 b,
                 kind_of[name],
                 preconditioner,
                 preconditioner_damping,
-                radius * distance(away, theta_m) if away and radius is not None else math.inf,
+                reach,
                 tolerance,
                 iterations,
             )

@@ -130,7 +130,7 @@ def check_fit(
     products = [f"{name.partition(factor)[0]}{BASE}" for name in names if factor in name]
     for label, method in methods.items():
         for merge in merges_of(method):
-            needed = STATISTICS.get(method.method, ())
+            needed: Sequence[str] = STATISTICS.get(method.method, ())
             if method.method == "mats":
                 needed = objective_kinds(merge.options.get("objective", "kfac"))
             merged = products if "lora_rank" in merge.options else names

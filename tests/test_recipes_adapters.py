@@ -62,9 +62,9 @@ def test_the_paper_s_settings_are_options(name: str, fast: bool) -> None:
         if "closed form" in label:  # which may lie farther away than the default radius
             assert method.options["radius"] is None
     if options.adapter is not None:
-        taken = train_tasks.statistics_callback(options)
-        assert taken.adapted_weights == (options.adapter == "lora")
-        assert ("kfac" in taken.statistics) == (options.adapter == "lora")
+        callback = train_tasks.statistics_callback(options)
+        assert callback.adapted_weights == (options.adapter == "lora")
+        assert ("kfac" in callback.kinds) == (options.adapter == "lora")
 
 
 @pytest.mark.parametrize(

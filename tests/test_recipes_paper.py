@@ -629,7 +629,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_a_setting_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         paper.main(["--setting", "text_fll"])
-    assert "choose from intermediate, text_full, vision_full" in capsys.readouterr().err
+    assert "choose from convolutions, intermediate, text_full" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -62,10 +62,10 @@ def test_a_refresh_of_what_merge_has_chosen(
     assert not calls
     assert [line.row.scores for line in again] == [line.row.scores for line in lines]
 
-    def taken(*_: Any, **__: Any) -> None:
+    def crash(*_: Any, **__: Any) -> None:
         raise Crash
 
-    monkeypatch.setattr("mats_lightning.measuring.collect_statistics", taken)
+    monkeypatch.setattr("mats_lightning.measuring.collect_statistics", crash)
     with pytest.raises(Crash):  # the rounds are forgotten
         refresh.main(arguments(tmp_path, bert, "--again"))
 

@@ -501,6 +501,7 @@ def test_a_kill_after_the_last_epoch_loses_nothing(
         patch.setattr(train_tasks.shutil, "rmtree", lambda *args, **kwargs: None)
         first = train_tasks.train_task(options, task, data)
     statistics, weights = load_statistics(first.checkpoint), torch.load(first.checkpoint)
+    known = train_tasks.training_of(first.checkpoint.parent)
     for path in first.checkpoint.parent.glob("*.*"):
         if path.name != "settings.json" and path.is_file():
             path.unlink()
@@ -510,7 +511,7 @@ def test_a_kill_after_the_last_epoch_loses_nothing(
 
     monkeypatch.setattr(TextClassifier, "training_step", no_more)
     second = train_tasks.train_task(options, task, data)
-    assert second.now
+    assert second.now and train_tasks.training_of(second.checkpoint.parent) != known
     again = load_statistics(second.checkpoint)
     assert again.examples == statistics.examples
     for name, value in weights["state_dict"].items():

@@ -20,7 +20,7 @@ import yaml
 from bench import Cell, Merge, Opened
 from cells import Cells
 from compare import merges_of
-from paper_seeds import Seed
+from paper_seeds import Seed, Suite
 from paper_settings import read_setting
 from paper_tables import AblationTable, Record, StartTable, merge_seconds
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
@@ -343,8 +343,17 @@ def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Pat
     )
 
 
-def test_intermediate_tasks(tmp_path: Path, bert: Path) -> None:
+def test_intermediate_tasks(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int | None] = []
+    let_go = Suite.let_go
+
+    def noted(suite: Suite) -> None:
+        released.append(suite.options.train_rows)
+        let_go(suite)
+
+    monkeypatch.setattr(Suite, "let_go", noted)
     found = run(setting(tmp_path, bert, intermediate=TRANSFER))
+    assert released == [16, 96]
     cases = list(dict.fromkeys(record.case for record in found))
     assert cases == [
         "target colour",

@@ -123,8 +123,8 @@ def check_fit(
     `kinds` are the statistics that are taken; None: all. Products of LoRA's factors have the names
     of the weights that they are added to.
 
-    Raises ValueError for an expression in `averaged` that no name has, and for a method whose
-    statistics are not taken.
+    Raises ValueError for an expression in `averaged` that no name has, for a method whose
+    statistics are not taken, and for `lora_rank` without factors.
     """
     factor = ".lora_A."
     products = [f"{name.partition(factor)[0]}{BASE}" for name in names if factor in name]
@@ -133,8 +133,11 @@ def check_fit(
             needed: Sequence[str] = STATISTICS.get(method.method, ())
             if method.method == "mats":
                 needed = objective_kinds(merge.options.get("objective", "kfac"))
-            merged = products if "lora_rank" in merge.options else names
+            of_products = merge.options.get("lora_rank") is not None
+            merged = products if of_products else names
             try:
+                if of_products and not products:
+                    raise ValueError("lora_rank is for LoRA adapters, and these models have none")
                 names_with(merge.options.get("averaged", ()), merged, "averaged")
                 if kinds is not None and needed and not {*needed} & {*kinds, "identity"}:
                     raise ValueError(

@@ -9,10 +9,9 @@
 merge.yaml says what can be set. Fine-tunes that are finished are kept, and an interrupted one goes
 on from its last epoch. So do the merges: what was measured is in cells/ (see cells.py), and is not
 measured again by the same version of mats_lightning; `--again` forgets what is measured of these
-methods on these fine-tunes: give it after a change in the code. `output_dir` then
-holds results.md, results.csv, results.json (each point of each grid, seconds, memory), scores.png,
-residuals.png, merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints
-and statistics).
+methods on these fine-tunes: give it after a change in the code. `output_dir` then holds results.md,
+results.csv, results.json (each point of each grid, seconds, memory), scores.png, residuals.png,
+merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints and statistics).
 """
 
 import itertools

@@ -407,6 +407,11 @@ def test_results_are_there_before_an_export_that_is_refused(tmp_path: Path, bert
     [
         ({"method": "mats", "options": {"iterations": 1, "averaged": ["stem"]}}, {}, "'stem'"),
         (GRID["RegMean"], {"adapter": "ia3"}, "needs the statistic gram, and of these models diag"),
+        (
+            {"method": "average", "options": {"lora_rank": 2}},
+            {"adapter": "ia3"},
+            "lora_rank is for",
+        ),
         ({"method": "iso_c", "options": {"averaged": "embeddings"}}, {"adapter": "ia3"}, "'embed"),
         (
             {"method": "average", "grid": {"lora_rank": [2], "averaged": [["lora_A"]]}},

@@ -1,6 +1,7 @@
 """The figures of a setting: by iterations, by cost, by task."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -13,6 +14,7 @@ from matplotlib.ticker import ScalarFormatter
 from paper_tables import Record, merge_seconds
 
 from mats_lightning.joint import REFERENCES
+from mats_lightning.sidecar import write_atomically
 
 __all__ = ["write_figures"]
 
@@ -36,9 +38,7 @@ def write_figures(
         if figure is None:
             path.unlink(missing_ok=True)
             continue
-        temporary = path.with_name(path.name + ".part")
-        figure.savefig(temporary, format="png", dpi=160)
-        temporary.replace(path)
+        write_atomically(path, partial(figure.savefig, format="png", dpi=160))
         written.append(path)
     return written
 

@@ -646,4 +646,5 @@ def test_a_setting_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
 def test_fast_runs_on_the_packaged_tasks(name: str) -> None:
     found = paper.main(["--setting", name, "--fast"])
     assert found and all(record.cell is not None for record in found)
-    assert (Path("runs/paper/text-fast/results") / f"{name}.csv").is_file()
+    folder = Path(read_setting(name, fast=True)[1].options["output_dir"])
+    assert folder.name.endswith("-fast") and (folder / "results" / f"{name}.csv").is_file()

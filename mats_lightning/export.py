@@ -41,11 +41,11 @@ def export_huggingface(
     between the two renames leaves it beside as `.<name>.old`.
 
     Returns the folder. Raises FileExistsError where the folder holds something (with `overwrite`:
-    something else than a model), and ValueError for a task's name that is no file name and an
-    option that is no plain value.
+    something else than a model or an adapter), and ValueError for a task's name that is no file
+    name and an option that is no plain value.
     """
     folder = Path(folder).resolve()
-    _check_target(folder, overwrite, CONFIG)
+    _check_target(folder, overwrite)
     _check_names(heads)
     program = _program_of_model(model, tokenizer is not None, heads)
     readme = merge_card(card, folder.name, "transformers", program)  # before the slow part
@@ -73,7 +73,7 @@ def export_adapter(
     is no README.md.
     """
     folder = Path(folder).resolve()
-    _check_target(folder, overwrite, ADAPTER_CONFIG)
+    _check_target(folder, overwrite)
     _check_names(heads)
     readme = None
     if card is not None:
@@ -136,7 +136,7 @@ def backbone_prefix(task: str, module: nn.Module) -> str:
     return f"{plain_name(found[0])}."
 
 
-def _check_target(folder: Path, overwrite: bool, marker: str) -> None:
+def _check_target(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
@@ -145,11 +145,11 @@ def _check_target(folder: Path, overwrite: bool, marker: str) -> None:
         raise FileExistsError(
             f"{folder} is not empty: export to another folder, or pass overwrite=True to replace it"
         )
-    if not (folder / marker).is_file():
-        what = "a model" if marker == CONFIG else "an adapter"
+    if not any((folder / marker).is_file() for marker in (CONFIG, ADAPTER_CONFIG)):
         raise FileExistsError(
-            f"{folder} holds something else than {what} (no {marker}), which overwrite=True does "
-            "not replace: export to another folder, or empty this one"
+            f"{folder} holds something else than a model or an adapter (no {CONFIG}, no"
+            f" {ADAPTER_CONFIG}), which overwrite=True does not replace: export to another folder,"
+            " or empty this one"
         )
 
 

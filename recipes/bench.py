@@ -58,12 +58,17 @@ class Merge:
 
     def key(self, count: int, split: str) -> dict[str, Any]:
         """Of the cell of the state after `count` iterations, on "validation" or "test" rows."""
+        return {**self._key(), "iterations": count, "split": split}
+
+    def _key(self) -> dict[str, Any]:
         key: dict[str, Any] = {"method": self.method, "options": dict(self.options)}
         if self.start is not None:
-            key["start"] = {"method": self.start.method, "options": dict(self.start.options)}
+            key["start"] = self.start._key()
+            if last := max(self.start.counts):  # whose state it is
+                key["start"]["iterations"] = last
         if self.statistics is not None:
             key["statistics"] = dict(self.statistics)
-        return {**key, "iterations": count, "split": split}
+        return key
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ class Cell:
         merge_seconds: of the merge, up to its `merge_iterations`: points that differ in their
             iterations alone share one.
         seconds: of the evaluation.
-        residuals: block -> the solver's relative residuals, at the merge's last count alone.
-        residual: their median over the blocks after this cell's own iterations; None without.
+        residuals: block -> the solver's relative residuals, up to this cell's own iterations.
+        residual: the median of their last ones over the blocks; None without.
         flops: where they were counted; then `seconds` are of what was counted.
     """
 
@@ -261,7 +266,6 @@ class Opened:
         found = bench.find(self._merge, count, split)
         if found is not None:
             return found
-        last = max(self._merge.counts)
         module = self.module(count if alone else None)
         module.use(count)  # in the tasks' modules, where another merge may be
         run = bench.trainer.test if split == "test" else bench.trainer.validate
@@ -275,7 +279,7 @@ class Opened:
             self._seconds,
             max(self._merge.counts),
             median(curve[-1] for curve in curves.values()) if curves else None,
-            {n: _short(curve) for n, curve in curves.items()} if count == last else {},
+            {n: _short(curve) for n, curve in curves.items()},
         )
         bench.cells.keep(self._merge.key(count, split), asdict(cell))
         return cell

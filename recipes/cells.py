@@ -2,10 +2,10 @@
 
     <output_dir>/cells/3f0c2a9d51b7e684.json        one measurement: its key, and what was found
 
-The name is a digest of the key, which names all that decides the result: the fine-tunes' folders,
-the rows they are evaluated on, the method, its options, the number of iterations, the split, and
-the version of mats_lightning. It does not know of a change in the code of the same version: then
-`--again` forgets the cells.
+The name is a digest of the key, which names all that decides the result: the fine-tunes, by their
+folders and the ids of their trainings, the rows they are evaluated on, the method, the options that
+are said, the number of iterations, the split, and the version of mats_lightning. It does not know
+of a change in the code of the same version, of a default either: then `--again` forgets the cells.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train_tasks import write_json
+from train_tasks import training_of, write_json
 
 from mats_lightning import Task
 from mats_lightning.sidecar import versions
 
-__all__ = ["Cells", "about_tasks", "rows_digest"]
+__all__ = ["Cells", "cells_of_tasks", "rows_digest"]
 
 
 class Cells:
@@ -27,12 +27,19 @@ class Cells:
 
     Args:
         folder: is made when it is needed.
-        about: what all cells of one comparison have in common; a part of their keys.
+        trainings: the folders of the fine-tunes, which may still be trained.
+        about: what all cells of one comparison have in common beside them; a part of their keys.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, trainings: Sequence[Path], about: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.about = {"mats_lightning": versions()["mats_lightning"], **about}
+        self.trainings = trainings
+        self._about = {"mats_lightning": versions()["mats_lightning"], **about}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is in every key, now."""
+        return {**self._about, "fine-tunes": [training_of(path) for path in self.trainings]}
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was found at this key; None where it is not known yet."""
@@ -45,11 +52,6 @@ class Cells:
     def keep(self, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         write_json(self._path(key), {"key": {**self.about, **key}, "found": found})
 
-    def forget_all(self) -> None:
-        """Those of other comparisons in this folder, too."""
-        for path in self.folder.glob("*.json"):
-            path.unlink()
-
     def forget(self, keys: Iterable[Mapping[str, Any]]) -> None:
         for key in keys:
             self._path(key).unlink(missing_ok=True)
@@ -59,10 +61,10 @@ class Cells:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def about_tasks(tasks: Sequence[Task]) -> dict[str, Any]:
-    """The fine-tunes by their folders, whose names have digests, and the rows to evaluate on."""
-    folders = [Path(task.checkpoint).parent.name for task in tasks]
-    return {"fine-tunes": folders, "rows": [rows_digest(task.data) for task in tasks]}
+def cells_of_tasks(folder: Path, tasks: Sequence[Task]) -> Cells:
+    """Those of merges of these tasks, evaluated on their rows."""
+    trainings = [Path(task.checkpoint).parent for task in tasks]
+    return Cells(folder, trainings, {"rows": [rows_digest(task.data) for task in tasks]})
 
 
 def rows_digest(data: Any) -> str:

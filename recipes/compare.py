@@ -1,27 +1,34 @@
 """Merge by every method, choose its settings on validation rows, and test what was chosen."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any, NamedTuple
 
 from bench import Bench, Cell, Find, Merge, Opened
+from cells import Cells
 from merge_options import MethodOptions
 
+from mats_lightning.joint import REFERENCES, STATISTICS
+from mats_lightning.lora import BASE
+from mats_lightning.merging.mats import objective_kinds
+from mats_lightning.merging.models import names_with
 from mats_lightning.report import Row
 
 __all__ = [
-    "REFERENCES",
+    "INDIVIDUAL",
     "Attempt",
     "Comparison",
     "Outcome",
+    "check_fit",
     "choose",
+    "forget",
     "merges_of",
     "steps_of",
     "words",
 ]
 
-REFERENCES = ("individual", "pretrained")  # rows to compare with: nothing is merged
+INDIVIDUAL = {"individual": MethodOptions("individual")}  # the line above all others
 
 
 class Curve(NamedTuple):
@@ -57,7 +64,9 @@ class Outcome:
     chosen: Attempt
     scores: dict[str, float]
     attempts: list[Attempt]
-    merge_seconds: float  # of all merges; points that differ in `iterations` alone share one
+    # of all merges, where points that differ in `iterations` alone share one; None where cells are
+    # another grid's, whose merge had other iterations
+    merge_seconds: float | None
     test_seconds: float
     blocks: Mapping[str, Curve] = field(repr=False)  # of the merge's last iteration
 
@@ -72,10 +81,8 @@ class Outcome:
         line = f"{self.label}: {mean(self.scores.values()):.3f} on test"
         if self.method in REFERENCES:
             return line
-        return (
-            f"{line}, {self.chosen.average:.3f} on validation (the best of {points}), "
-            f"{seconds:.0f} s of merging"
-        )
+        line = f"{line}, {self.chosen.average:.3f} on validation (the best of {points})"
+        return line if seconds is None else f"{line}, {seconds:.0f} s of merging"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -108,6 +115,43 @@ def merges_of(method: MethodOptions) -> Iterator[Merge]:
         yield Merge(method.method, options, tuple(counts))
 
 
+def check_fit(
+    methods: Mapping[str, MethodOptions], names: Sequence[str], kinds: Sequence[str] | None
+) -> None:
+    """Whether the methods can merge models of parameters with these names.
+
+    `kinds` are the statistics that are taken; None: all. Products of LoRA's factors have the names
+    of the weights that they are added to.
+
+    Raises ValueError for an expression in `averaged` that no name has, for a method whose
+    statistics are not taken, and for `lora_rank` without factors.
+    """
+    factor = ".lora_A."
+    products = [f"{name.partition(factor)[0]}{BASE}" for name in names if factor in name]
+    for label, method in methods.items():
+        for merge in merges_of(method):
+            needed: Sequence[str] = STATISTICS.get(method.method, ())
+            if method.method == "mats":
+                needed = objective_kinds(merge.options.get("objective", "kfac"))
+            of_products = merge.options.get("lora_rank") is not None
+            merged = products if of_products else names
+            try:
+                if of_products and not products:
+                    raise ValueError("lora_rank is for LoRA adapters, and these models have none")
+                names_with(merge.options.get("averaged", ()), merged, "averaged")
+                if kinds is not None and needed and not {*needed} & {*kinds, "identity"}:
+                    raise ValueError(
+                        f"it needs the statistic {' or '.join(needed)}, and of these models"
+                        f" {' and '.join(kinds)} are taken: choose a method for these"
+                    )
+            except ValueError as error:
+                raise ValueError(
+                    f"methods: {label!r}: {error}. Methods that fit adapters and networks of"
+                    " convolutions are in recipes/paper: run recipes/paper.py with --setting"
+                    " text_ia3, text_lora or convolutions, or take them from there"
+                ) from error
+
+
 def choose(find: Find, merges: Sequence[Merge]) -> tuple[Merge, int, Cell] | None:
     """The point that is best on validation, the first of equals; None while a cell is missing."""
     points = [(merge, count) for merge in merges for count in merge.counts]
@@ -116,6 +160,20 @@ def choose(find: Find, merges: Sequence[Merge]) -> tuple[Merge, int, Cell] | Non
     if len(known) < len(found):
         return None
     return max(known, key=lambda point: point[2].average)
+
+
+def seconds_of(merge: Merge, cells: Iterable[Cell]) -> float | None:
+    """Of the merge with all of its iterations; None where these cells do not tell."""
+    own = [c.merge_seconds for c in cells if c.merge_iterations == max(merge.counts)]
+    return max(own, default=None)
+
+
+def forget(methods: Mapping[str, MethodOptions], cells: Cells) -> None:
+    """Drop what was measured of these methods, to measure it again."""
+    for method in methods.values():
+        for merge in merges_of(method):
+            splits = ("validation", "test")
+            cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
 
 
 def steps_of(find: Find, method: MethodOptions) -> tuple[int, int]:
@@ -151,7 +209,7 @@ class Comparison:
 
     def run(self, methods: Mapping[str, MethodOptions]) -> list[Outcome]:
         """The outcomes of the individual models, then of each method under its label."""
-        methods = {"individual": MethodOptions("individual"), **methods}
+        methods = {**INDIVIDUAL, **methods}
         for method in methods.values():
             self.bench.steps.expect(*steps_of(self.bench.find, method))
         return [self.compare(label, method) for label, method in methods.items()]
@@ -160,7 +218,7 @@ class Comparison:
         """One method: all points of its grid on validation, and the best of them on test."""
         attempts: list[Attempt] = []
         kept: tuple[Attempt, Opened, Cell | None] | None = None
-        merge_seconds = 0.0
+        merge_seconds: list[float | None] = []
         for merge in merges_of(method):
             opened = Opened(self.bench, merge, label)
             if method.method in REFERENCES:
@@ -171,7 +229,7 @@ class Comparison:
                     Attempt(_settings(merge, count), cell.scores, cell.seconds)
                     for count, cell in zip(merge.counts, cells, strict=True)
                 ]
-                merge_seconds += max(cell.merge_seconds for cell in cells)
+                merge_seconds.append(seconds_of(merge, cells))
             attempts += tried
             best = max(tried, key=lambda attempt: attempt.average)
             if kept is None or best.average > kept[0].average:
@@ -188,7 +246,7 @@ class Comparison:
             chosen,
             tested.scores,
             attempts,
-            round(merge_seconds, 2),
+            None if None in merge_seconds else round(sum(filter(None, merge_seconds)), 2),
             tested.seconds,
             {name: Curve(curve) for name, curve in curves.items()},
         )

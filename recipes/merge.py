@@ -8,10 +8,10 @@
 
 merge.yaml says what can be set. Fine-tunes that are finished are kept, and an interrupted one goes
 on from its last epoch. So do the merges: what was measured is in cells/ (see cells.py), and is not
-measured again by the same version of mats_lightning; `--again` forgets it. `output_dir` then
-holds results.md, results.csv, results.json (each point of each grid, seconds, memory), scores.png,
-residuals.png, merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints
-and statistics).
+measured again by the same version of mats_lightning; `--again` forgets what is measured of these
+methods on these fine-tunes: give it after a change in the code. `output_dir` then holds results.md,
+results.csv, results.json (each point of each grid, seconds, memory), scores.png, residuals.png,
+merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints and statistics).
 """
 
 import itertools
@@ -19,17 +19,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adapters import STATISTICS
 from bench import Bench, Steps
-from cells import Cells, about_tasks
-from compare import Comparison, Outcome
-from merge_options import Options, parse_options
+from cells import cells_of_tasks
+from compare import INDIVIDUAL, Comparison, Outcome, check_fit, forget
+from merge_options import MethodOptions, Options, parse_options
 from torch import Tensor
-from train_tasks import as_task, task_data, train_task, write_json
+from train_tasks import as_task, task_data, task_module, train_task, write_json
 
 from mats_lightning import Task
 from mats_lightning.report import (
@@ -54,37 +55,56 @@ def main(args: Sequence[str] | None = None) -> list[Outcome]:
     """Everything, in its order; returns the lines of the table."""
     options = parse_options(args)
     quiet_lightning()
+    check_methods_fit(options, options.methods)
     clock = [time.perf_counter()]
     tasks, trained = finetuned_tasks(options)
     clock.append(time.perf_counter())
-    cells = Cells(options.output_dir / "cells", about_tasks(tasks))
+    cells = cells_of_tasks(options.output_dir / "cells", tasks)
     if options.again:
-        cells.forget_all()
+        forget({**INDIVIDUAL, **options.methods}, cells)
     with Steps() as steps:
         bench = Bench(tasks, *starts(tasks), options.accelerator, cells, steps)
         comparison = Comparison(bench)
         outcomes = comparison.run(options.methods)
     clock.append(time.perf_counter())
     report(outcomes, options.output_dir)
-    exported = export(comparison, options.output_dir / "merged")
     clock.append(time.perf_counter())
-    finetuning, comparing, reporting = (round(b - a, 1) for a, b in itertools.pairwise(clock))
-    memory = peak_memory()
+    seconds = [round(b - a, 1) for a, b in itertools.pairwise(clock)]
     summary = {
         "options": json.loads(json.dumps(asdict(options), default=str)),
         "finetuning": trained,
         "methods": [outcome.as_json() for outcome in outcomes],
-        "exported": exported,
-        "seconds": {"finetuning": finetuning, "comparison": comparing, "report": reporting},
-        "peak_memory_gb": memory,
+        "exported": None,
+        "seconds": dict(zip(("finetuning", "comparison", "report"), seconds, strict=True)),
+        "peak_memory_gb": peak_memory(),
     }
+    write_json(options.output_dir / "results.json", summary)  # before what may be refused
+    summary["exported"] = export(comparison, options.output_dir / "merged")
+    summary["peak_memory_gb"] = memory = peak_memory()
     write_json(options.output_dir / "results.json", summary)
     print(
-        f"{clock[-1] - clock[0]:.0f} s, {finetuning:.0f} of them fine-tuning"
+        f"{time.perf_counter() - clock[0]:.0f} s, {seconds[0]:.0f} of them fine-tuning"
         + (f"; peak memory {memory:.1f} GB" if memory else "")
         + f". All results are in {options.output_dir}"
     )
     return outcomes
+
+
+def check_methods_fit(options: Options, methods: Mapping[str, MethodOptions]) -> None:
+    """Look at the first task's model, before the hours of fine-tuning.
+
+    Raises SystemExit where a method cannot merge such models.
+    """
+    task = options.task_list[0]
+    module = task_module(options, task, task_data(options, task))
+    names, kinds = list(module.state_dict()), None
+    if options.adapter is not None:
+        names = [n for n, p in module.backbone.named_parameters("backbone") if p.requires_grad]
+        kinds = STATISTICS[options.adapter].get("statistics")
+    try:
+        check_fit(methods, names, kinds)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def finetuned_tasks(options: Options) -> tuple[list[Task], dict[str, Any]]:

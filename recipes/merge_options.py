@@ -100,7 +100,8 @@ class Options:
         test_rows: rows a task that the table is on.
         seed: of the splits, the heads and the training.
         accelerator: of the trainers: "auto", "cpu", "gpu" ...
-        again: forget what earlier runs measured, and merge and evaluate all of it again.
+        again: forget what earlier runs measured of these methods on these fine-tunes, and merge and
+            evaluate all of it again.
     """
 
     tasks: list[str | TaskOptions]

@@ -8,8 +8,9 @@
 Each finished cell (one merge, evaluated on one split) is kept in <output_dir>/cells, so that a run
 that is killed goes on where it was, and settings with the same fine-tunes and output_dir share
 them. `--again` forgets those of the tables and seeds that are run. The results of the whole
-setting, whatever was run of it, are written to <results> from what is on disk, a cell that is
-not there as "missing": <setting>.csv (a line a cell), <setting>.md (the tables), figures.
+setting, whatever was run of it, are written to <output_dir>/results from what is on disk, a cell
+that is not there as "missing": <setting>.csv (a line a cell), <setting>.md (the tables), figures.
+Ours, of whole settings, are kept in recipes/results: `--results recipes/results` writes there.
 """
 
 import argparse
@@ -22,15 +23,14 @@ from merge import quiet_lightning
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
-from paper_report import tables_in, write_long, write_text
+from paper_report import tables_in, write_long
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
 from paper_tables import AblationTable, MethodTable, Record, StartTable, Table
 from rich.console import Console
+from train_tasks import write_text
 
 __all__ = ["main"]
-
-RESULTS = Path(__file__).with_name("results")
 
 
 def main(args: Sequence[str] | None = None) -> list[Record]:
@@ -60,8 +60,7 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
             },
             asked.again,
         )
-    named = asked.setting == name and not asked.fast
-    folder = asked.results or (RESULTS if named else seeds[0].options.output_dir / "results")
+    folder = asked.results or seeds[0].options.output_dir / "results"
     return report(name, all_tables, seeds[0].tasks, folder)
 
 
@@ -72,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the setting")
     parser.add_argument("--fast", action="store_true", help="tiny slices, grids and one seed")
     parser.add_argument("--output_dir", help="over that of the setting")
-    parser.add_argument("--results", type=Path, help="the folder of the results")
+    parser.add_argument("--results", type=Path, help="default: <output_dir>/results")
     parser.add_argument("--report_only", action="store_true", help="measure nothing")
     parser.add_argument("--again", action="store_true", help="measure what is there again, too")
     return parser
@@ -105,10 +104,12 @@ def tables_of(setting: Setting, seed: Seed) -> dict[str, Table]:
 
 def measure(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
     """What is missing of the tables, a seed after the other."""
+    all_tables = list(itertools.chain.from_iterable(seeds.values()))
+    if again:
+        for table in reversed(all_tables):  # what is chosen among the methods is in others' keys
+            table.forget()
     with Steps() as steps:
-        for table in itertools.chain.from_iterable(seeds.values()):
-            if again:
-                table.forget()
+        for table in all_tables:
             steps.expect(*table.steps_left())
         for seed, tables in seeds.items():
             steps.say(f"seed {seed.seed}")

@@ -16,17 +16,17 @@ from typing import Any
 
 import lightning as L
 from bench import Bench, Cell, Merge, Steps
-from compare import REFERENCES, choose, merges_of
+from compare import choose, merges_of
 from multitask import MultitaskData, multitask_module
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
 from paper_tables import Record
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from train_tasks import return_memory, task_module
+from train_tasks import return_memory, statistics_callback, task_module
 from typing_extensions import override
 
-from mats_lightning import MaTSStatsCallback
+from mats_lightning.joint import REFERENCES
 
 __all__ = ["CostTable"]
 
@@ -171,7 +171,7 @@ def steps(
         accelerator=seed.options.accelerator,
         devices=1,
         max_epochs=1,
-        callbacks=[*([MaTSStatsCallback()] if statistics else []), clock],
+        callbacks=[*([statistics_callback(seed.options)] if statistics else []), clock],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

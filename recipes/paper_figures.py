@@ -1,17 +1,20 @@
 """The figures of a setting: by iterations, by cost, by task."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 from bench import Cell
-from compare import REFERENCES
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
-from paper_tables import Record
+from paper_tables import Record, merge_seconds
+
+from mats_lightning.joint import REFERENCES
+from mats_lightning.sidecar import write_atomically
 
 __all__ = ["write_figures"]
 
@@ -35,9 +38,7 @@ def write_figures(
         if figure is None:
             path.unlink(missing_ok=True)
             continue
-        temporary = path.with_name(path.name + ".part")
-        figure.savefig(temporary, format="png", dpi=160)
-        temporary.replace(path)
+        write_atomically(path, partial(figure.savefig, format="png", dpi=160))
         written.append(path)
     return written
 
@@ -98,11 +99,21 @@ def by_cost(records: Sequence[Record]) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for number, (label, cells) in enumerate(merged.items()):
-        seconds = [max(cell.merge_seconds, 0.01) for cell in cells]  # the axis is logarithmic
-        averages = [cell.average for cell in cells]
+    for number, label in enumerate(merged):
+        own = [
+            (max(seconds, 0.01), record.cell.average)  # the axis is logarithmic
+            for record in records
+            if record.table == "methods" and record.split == "test" and record.label == label
+            if record.cell is not None and (seconds := merge_seconds(record, records)) is not None
+        ]
         marker = MARKERS[number // 10 % len(MARKERS)]
-        axes.scatter(seconds, averages, marker=marker, color=f"C{number % 10}", label=label)
+        axes.scatter(
+            [seconds for seconds, _ in own],
+            [average for _, average in own],
+            marker=marker,
+            color=f"C{number % 10}",
+            label=label,
+        )
     for name, style in zip(REFERENCES, ("--", ":"), strict=True):
         if name in found:
             average = mean(cell.average for cell in found[name])

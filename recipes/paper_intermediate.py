@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from bench import Bench, Cell, Find, Merge, Steps, find_cell
+from bench import Bench, Find, Steps, find_cell
 from cells import Cells
-from compare import Comparison, steps_of
+from compare import Comparison, forget, steps_of
 from merge_options import MethodOptions
 from paper_seeds import Seed, Suite, cells_of
 from paper_settings import Intermediate
-from paper_tables import Record, added, forget_methods, method_records
+from paper_tables import Record, added, method_records
 
 __all__ = ["TransferTable"]
 
@@ -37,11 +37,7 @@ class Group:
 
     @property
     def find(self) -> Find:
-        return partial(_find, self.cells)
-
-
-def _find(cells: Cells, merge: Merge, count: int, split: str) -> Cell | None:
-    return find_cell(cells, merge, count, split)
+        return partial(find_cell, self.cells)
 
 
 class TransferTable:
@@ -90,6 +86,7 @@ class TransferTable:
             comparison = Comparison(self._bench(group, steps))
             for label, method in group.methods.items():
                 comparison.compare(f"{group.case}: {label}", method)
+        self.few.let_go()
 
     def _of(self, group: Group) -> Iterator[Record]:
         about = (self.seed.seed, "intermediate", group.case)
@@ -109,7 +106,7 @@ class TransferTable:
 
     def forget(self) -> None:
         for group in self.groups:
-            forget_methods(group.methods, group.cells)
+            forget(group.methods, group.cells)
 
 
 def weighted(

@@ -12,10 +12,12 @@ from statistics import mean
 from typing import Any
 
 from bench import Cell
-from compare import REFERENCES
-from paper_tables import Record
+from paper_tables import Record, merge_seconds
 
-__all__ = ["MISSING", "tables_in", "write_long", "write_text"]
+from mats_lightning.joint import REFERENCES
+from mats_lightning.sidecar import write_atomically
+
+__all__ = ["MISSING", "tables_in", "write_long"]
 
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
@@ -46,18 +48,22 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
         for record in records
         if record.table == "methods" and record.label == "individual"
     }
+    rows = []
+    for record in records:
+        row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}
+        row["status"] = MISSING if record.cell is None else "measured"
+        if record.cell is not None:
+            row |= measured(record, individual.get(record.seed))
+        rows.append(row)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
+            writer.writeheader()
+            writer.writerows(rows)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
-        writer.writeheader()
-        for record in records:
-            row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}
-            row["status"] = MISSING if record.cell is None else "measured"
-            if record.cell is not None:
-                row |= measured(record, individual.get(record.seed))
-            writer.writerow(row)
-    temporary.replace(path)
+    write_atomically(path, write)
 
 
 def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
@@ -147,10 +153,11 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
                 own = to_individual(cell, seed)
                 numbers = [f"{cell.scores[task]:.3f}" for task in tasks]
                 numbers += [f"{cell.average:.3f}", MISSING if own is None else f"{own:.3f}"]
-                numbers.append(f"{cell.merge_seconds:.1f}" if seconds else "")
+                took = merge_seconds(record, records)
+                numbers.append("" if not seconds else MISSING if took is None else f"{took:.1f}")
             lines.append([label, record.words, *numbers])
         text = (
-            "Test rows. The seconds are of the merge, up to the last iterations of its grid, or of "
+            "Test rows. The seconds are of the merge, with the last iterations of its grid, or of "
             "multitask training."
         )
         tables.append(Table(f"Methods, seed {seed}", text, lines))
@@ -249,10 +256,3 @@ def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
     tables = method_tables(records, tasks) if any(r.table == "methods" for r in records) else []
     tables += [*start_tables(records), *ablation_tables(records), *cost_tables(records)]
     return [*tables, *transfer_tables(records)]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from bench import Bench, Cell, Merge, Steps, find_cell
+from bench import Bench, Cell, Merge, Steps, evaluation_trainer, find_cell
 from cells import Cells, rows_digest
 from merge import starts
 from merge_options import Options, options_of
@@ -16,12 +16,14 @@ from paper_settings import Setting
 from torch import Tensor
 from train_tasks import (
     as_task,
+    checkpoint_in,
     folder_of,
     task_data,
     task_folder,
     task_module,
     task_settings,
     train_task,
+    training_of,
 )
 
 from mats_lightning import Task, collect_statistics, save_statistics
@@ -46,11 +48,11 @@ class Suite:
         self.by_name = {task.name: task for task in self.data}
         self._trained: dict[str, Task] = {}
 
-    def about(self, name: str) -> tuple[str, str]:
+    def about(self, name: str) -> tuple[Path, str]:
         """The fine-tune's folder, and a digest of the rows it is evaluated on."""
         task = self.by_name[name]
         folder = task_folder(self.options, task, self.settings[task])
-        return folder.name, rows_digest(self.data[task])
+        return folder, rows_digest(self.data[task])
 
     def task(self, name: str, steps: Steps) -> Task:
         """A fine-tuned task: from disk, or trained now."""
@@ -87,7 +89,7 @@ class Seed:
         self.suite = Suite(self.options)
         self.tasks = list(self.suite.by_name)
         self.cells = cells_of(self.options, [self.suite.about(name) for name in self.tasks])
-        self.multitask = multitask_folder(self.options, self.suite.settings)[0].name
+        self.multitask = multitask_folder(self.options, self.suite.settings)[0]
 
     def find(self, merge: Merge, count: int, split: str) -> Cell | None:
         return find_cell(self.cells, merge, count, split)
@@ -104,7 +106,7 @@ class Seed:
 
     @property
     def multitask_key(self) -> dict[str, Any]:
-        return {"method": "multitask", "training": self.multitask, "split": "test"}
+        return {"method": "multitask", "training": training_of(self.multitask), "split": "test"}
 
     def measure_multitask(self, steps: Steps) -> None:
         """Train it, where it is not there, and test it; `merge_seconds` are those of training."""
@@ -133,6 +135,12 @@ class Seed:
         self.suite.let_go()
         self.__dict__.pop("starts", None)  # cached
 
+    def forget_collected(self, settings: Mapping[str, Any]) -> None:
+        """Statistics that `collected` took with these settings, to take them again."""
+        for name in self.tasks:
+            checkpoint = checkpoint_in(self.suite.about(name)[0])
+            collected_path(checkpoint, settings).unlink(missing_ok=True)
+
     def collected(self, task: Task, settings: Mapping[str, Any]) -> Path:
         """Statistics of the final weights on the first training rows, beside the checkpoint.
 
@@ -141,8 +149,7 @@ class Seed:
 
         Raises ValueError for more rows than there are.
         """
-        digest = folder_of(Path(task.checkpoint).parent, "statistics", dict(settings)).name
-        path = sidecar_path(f"{task.checkpoint}.{digest}")
+        path = collected_path(Path(task.checkpoint), settings)
         if path.exists():
             return path
         arguments = dict(settings)
@@ -160,6 +167,7 @@ class Seed:
         trained = as_task(options, described, data, Path(task.checkpoint))
         module = trained.module
         module.load_state_dict({**module.state_dict(), **trained.weights})
+        module.to(evaluation_trainer(options.accelerator).strategy.root_device)
         if arguments.get("fisher") == "sampled":
             arguments["logits_fn"] = lambda module, batch: module(batch)
         found = collect_statistics(module, data.train_dataloader(), progress=False, **arguments)
@@ -167,10 +175,16 @@ class Seed:
         return path
 
 
-def cells_of(options: Options, about: Sequence[tuple[str, str]], only: str | None = None) -> Cells:
-    """As about_tasks has it for tasks that are trained; `only` is the one that is scored."""
+def collected_path(checkpoint: Path, settings: Mapping[str, Any]) -> Path:
+    """Where statistics of these settings are, whether they have been taken or not."""
+    digest = folder_of(checkpoint.parent, "statistics", dict(settings)).name
+    return sidecar_path(f"{checkpoint}.{digest}")
+
+
+def cells_of(options: Options, about: Sequence[tuple[Path, str]], only: str | None = None) -> Cells:
+    """As cells_of_tasks has it for tasks that are trained; `only` is the one that is scored."""
     folders, rows = zip(*about, strict=True)
-    shared: dict[str, Any] = {"fine-tunes": list(folders), "rows": list(rows)}
+    shared: dict[str, Any] = {"rows": list(rows)}
     if only is not None:
         shared["only"] = only
-    return Cells(options.output_dir / "cells", shared)
+    return Cells(options.output_dir / "cells", folders, shared)

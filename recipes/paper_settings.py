@@ -1,6 +1,6 @@
 """What a setting of paper.py says: its options, its seeds, and what each of its tables holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,9 @@ class Setting:
             raise ValueError(f"seeds: one or more different ones are needed, got {self.seeds}")
         if odd := sorted({"methods", "seed", "again"} & self.options.keys()):
             raise ValueError(f"options: {odd[0]!r} is not said there")
+        for where, options in self._options_of_mats():
+            if "iterations" in options:
+                raise ValueError(f"{where}: say iterations with its solver or baseline, not here")
         if self.starts is not None and (odd := sorted({*self.starts.labels} - {*self.methods})):
             raise ValueError(f"starts: {odd[0]!r} is none of {', '.join(self.methods)}")
         if self.ablations is not None:
@@ -147,6 +150,15 @@ class Setting:
                     raise ValueError(f"ablations: the baseline {label!r} is one point, not a grid")
             if odd := sorted({c.baseline for c in self.ablations.changes} - {*known}):
                 raise ValueError(f"ablations: {odd[0]!r} is none of {', '.join(known)}")
+
+    def _options_of_mats(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Those beside which the iterations are said."""
+        if self.starts is not None:
+            yield "starts: options", self.starts.options
+            for label, solver in self.starts.solvers.items():
+                yield f"starts: options of {label!r}", solver.options
+        for change in self.ablations.changes if self.ablations is not None else ():
+            yield f"ablations: options of {change.label!r}", change.options
 
     @property
     def tables(self) -> list[str]:

@@ -6,17 +6,18 @@ the intermediate tasks are in files of their own.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from bench import Bench, Cell, Find, Merge, Opened, Steps
-from cells import Cells
-from compare import REFERENCES, Comparison, choose, merges_of, steps_of
+from compare import INDIVIDUAL, Comparison, choose, forget, merges_of, steps_of
 from merge_options import MethodOptions
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
 from typing_extensions import override
+
+from mats_lightning.joint import REFERENCES
 
 __all__ = [
     "AblationTable",
@@ -25,7 +26,7 @@ __all__ = [
     "StartTable",
     "Table",
     "added",
-    "forget_methods",
+    "merge_seconds",
     "method_records",
 ]
 
@@ -113,11 +114,23 @@ def method_records(
             yield Record(seed, table, case, label, "not chosen yet", 0, "test", None)
 
 
-def forget_methods(methods: Mapping[str, MethodOptions], cells: Cells) -> None:
-    for method in methods.values():
-        for merge in merges_of(method):
-            splits = ("validation", "test")
-            cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
+def merge_seconds(tested: Record, records: Sequence[Record]) -> float | None:
+    """Of the merge that was chosen, with all iterations of its grid; None where it is not told.
+
+    What was chosen may have been merged again to be tested, to the chosen iterations alone, so the
+    seconds are those of its last point on validation rows. Multitask training has its own.
+    """
+    point = ("seed", "table", "case", "label", "settings")
+    validated = [
+        record
+        for record in records
+        if record.split == "validation"
+        and all(getattr(record, name) == getattr(tested, name) for name in point)
+    ]
+    last = max(validated, key=lambda record: record.iterations, default=tested)
+    if last.cell is None or last.cell.merge_iterations != last.iterations:
+        return None
+    return last.cell.merge_seconds
 
 
 class MethodTable:
@@ -125,7 +138,7 @@ class MethodTable:
 
     def __init__(self, setting: Setting, seed: Seed) -> None:
         self.seed, self.multitask = seed, setting.multitask
-        self.methods = {"individual": MethodOptions("individual"), **setting.methods}
+        self.methods = {**INDIVIDUAL, **setting.methods}
 
     def records(self) -> Iterator[Record]:
         number = self.seed.seed
@@ -148,7 +161,7 @@ class MethodTable:
             self.seed.measure_multitask(steps)
 
     def forget(self) -> None:
-        forget_methods(self.methods, self.seed.cells)
+        forget(self.methods, self.seed.cells)
         self.seed.cells.forget([self.seed.multitask_key])
 
 
@@ -203,6 +216,8 @@ class LineTable:
     def forget(self) -> None:
         for line in self.lines():
             if line.merge is not None:
+                if line.merge.statistics is not None:
+                    self.seed.forget_collected(line.merge.statistics)
                 self.seed.cells.forget(line.merge.key(n, "validation") for n in line.counts)
 
 

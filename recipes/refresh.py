@@ -15,10 +15,12 @@ on the test rows, which nothing looks at before.
     <output_dir>/refresh/results.md, results.csv, results.json, seconds.png
                          rounds-2c81f0aa/                        as mats_lightning.rounds says
 
-An interrupted refresh goes on where it was.
+An interrupted refresh goes on where it was; `--again` chooses the settings, merges and refreshes
+anew, on the fine-tunes that are there.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,16 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from bench import Bench, Steps, evaluate
-from cells import Cells, about_tasks
-from compare import Comparison, Outcome
+from cells import cells_of_tasks
+from compare import INDIVIDUAL, Comparison, Outcome, forget
 from jsonargparse import ArgumentParser
-from merge import finetuned_tasks, peak_memory, quiet_lightning, starts
+from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
 from merge_options import MethodOptions, Options, parse_options
 from refresh_rivals import train_rivals
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task, refresh
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.joint import REFERENCES
 from mats_lightning.merging import MergeResult
 from mats_lightning.report import (
     Row,
@@ -50,7 +53,7 @@ from mats_lightning.report import (
 from mats_lightning.rounds import Round
 
 # options of merge.py that do not decide what a merge of one method gives
-OF_NO_EFFECT = ("methods", "output_dir", "accelerator")
+OF_NO_EFFECT = ("methods", "output_dir", "accelerator", "again")
 
 
 @dataclass
@@ -81,12 +84,16 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     """Everything, in its order; returns the lines of the table."""
     own, options = parse(args)
     quiet_lightning()
+    methods = {own.method: chosen(options, own.method)}
+    check_methods_fit(options, methods)
     tasks, _ = finetuned_tasks(options)
-    cells = Cells(options.output_dir / "cells", about_tasks(tasks))
+    cells = cells_of_tasks(options.output_dir / "cells", tasks)
+    if options.again:
+        forget({**INDIVIDUAL, **methods}, cells)
     with Steps() as steps:
         bench = Bench(tasks, *starts(tasks), options.accelerator, cells, steps)
         comparison = Comparison(bench)
-        individual, merge = comparison.run({own.method: chosen(options, own.method)})
+        individual, merge = comparison.run(methods)
         assert comparison.best is not None
         module = comparison.best[1].module(merge.chosen.iterations)
     module.use(merge.chosen.iterations)
@@ -96,6 +103,8 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         averaged = merge.chosen.settings.get("averaged", [])
         plan = replace(plan, kept=(averaged,) if isinstance(averaged, str) else tuple(averaged))
     folder = folder_of_rounds(options, plan, merge, tasks)
+    if options.again:
+        shutil.rmtree(folder, ignore_errors=True)
     rounds = refresh(
         module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=True
     )
@@ -105,6 +114,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         *tested(module, rounds[1:], folder, bench),
     ]
     if own.rivals:
+        put(module, folder, 0)
         spent = sum(done.seconds["statistics"] + done.seconds["solve"] for done in rounds[1:])
         rivals = train_rivals(options, module, plan, spent)
         lines += [Line(rival.row, rival.seconds) for rival in rivals]
@@ -136,6 +146,8 @@ def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
         parser.error(str(error))
     if built.method not in options.methods:
         parser.error(f"--method {built.method!r} is none of {', '.join(options.methods)}")
+    if options.methods[built.method].method in REFERENCES:
+        parser.error(f"--method {built.method!r} merges nothing, so there is nothing to refresh")
     return RefreshOptions(built.plan, built.method, built.rivals), options
 
 
@@ -157,19 +169,27 @@ def chosen(options: Options, label: str) -> MethodOptions:
     """The method with the settings that merge.py chose with these options; else with its grid."""
     method = options.methods[label]
     results = options.output_dir / "results.json"
-    if not results.exists():
+    if options.again or not results.exists():
         return method
     known = json.loads(results.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(asdict(options), default=str))
+    now = as_json(options)
+    # results of an earlier version lack what was not there to be set
+    then = {**as_json(Options(options.tasks, options.methods)), **known["options"]}
     names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
-    same = all(known["options"].get(name) == now[name] for name in names)
+    same = all(then[name] == now[name] for name in names)
     rows = {row["label"]: row for row in known["methods"]}
-    if not same or label not in rows or known["options"]["methods"][label] != now["methods"][label]:
+    if not same or label not in rows or then["methods"].get(label) != now["methods"][label]:
         print(f"{results} is of other options: the settings of {label} are chosen now")
         return method
     settings = rows[label]["settings"]
     print(f"{label}: settings from {results}: {settings}")
     return MethodOptions(method.method, settings)
+
+
+def as_json(options: Options) -> dict[str, Any]:
+    """As results.json has them."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
+    return found
 
 
 def folder_of_rounds(
@@ -192,12 +212,17 @@ def tested(module: MergeModule, rounds: Sequence[Round], folder: Path, bench: Be
         seconds += done.seconds["statistics"] + done.seconds["solve"]
         if not done.taken:
             continue
-        state = dict(load_weights(folder / f"round-{done.number}.safetensors"))
-        module.replace_shared(MergeResult(state), {"rounds": done.number})
+        put(module, folder, done.number)
         scores = evaluate(module, bench.trainer.test)
         words = f"step {done.step:g}, {seconds:.0f} s, validation {done.average:.3f}"
         lines.append(Line(Row(f"refresh, round {done.number}", words, scores), seconds))
     return lines
+
+
+def put(module: MergeModule, folder: Path, number: int) -> None:
+    """The weights after this round into the module; round 0 is the merge."""
+    state = dict(load_weights(folder / f"round-{number}.safetensors"))
+    module.replace_shared(MergeResult(state), {"rounds": number} if number else {})
 
 
 def report(
@@ -218,7 +243,7 @@ def report(
         curves[line.row.method] = [(line.seconds or 0.0, average(line.row))]
     plot_seconds(curves, folder / "seconds.png", individual=average(rows[0]))
     summary = {
-        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "options": as_json(options),
         "plan": asdict(plan),
         "merge": merge.as_json(),
         "rounds": [asdict(done) for done in rounds],

@@ -9,15 +9,16 @@ settings trains again beside the earlier one, and checkpoints of different setti
                                      trec.ckpt                     the weights
                                      trec.ckpt.mats.safetensors    the statistics
                                      trec/, trec.mats.safetensors  instead, with an adapter
-                                     result.json                   written last: it is finished
+                                     result.json                   written last: it is finished,
+                                                                   and the id of this training
 """
 
 import ctypes
 import gc
 import hashlib
 import json
-import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -35,22 +36,26 @@ from merge_options import Options, TaskOptions
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback, Task
-from mats_lightning.sidecar import sidecar_path
+from mats_lightning.sidecar import sidecar_path, write_atomically
 
 __all__ = [
     "COMMON",
     "TrainedTask",
     "as_task",
+    "checkpoint_in",
     "finished",
     "folder_of",
     "return_memory",
+    "statistics_callback",
     "task_data",
     "task_folder",
     "task_module",
     "task_settings",
     "train",
     "train_task",
+    "training_of",
     "write_json",
+    "write_text",
 ]
 
 # the options that every fine-tune of a comparison shares
@@ -144,7 +149,7 @@ def train(
         checkpoint = save_adapter(module, checkpoint)
     data.trainer = None  # which has the optimizer's state and the sums
     seconds = round(time.perf_counter() - started, 1)
-    write_json(result, {"seconds": seconds})
+    write_json(result, {"seconds": seconds, "id": secrets.token_hex(4)})
     shutil.rmtree(resume)  # with the optimizer's state: twice the weights
     return TrainedTask(checkpoint, seconds, now=True)
 
@@ -155,7 +160,18 @@ def finished(folder: Path, statistics: bool) -> TrainedTask | None:
     files = [result, checkpoint, *([sidecar_path(checkpoint)] if statistics else [])]
     if not all(path.exists() for path in files):
         return None
-    return TrainedTask(checkpoint, **json.loads(result.read_text()), now=False)
+    return TrainedTask(checkpoint, json.loads(result.read_text())["seconds"], now=False)
+
+
+def training_of(folder: Path) -> str:
+    """The folder's name and the id of the training that was finished there.
+
+    Another training of the same settings gives other weights. One that is not finished, or that
+    was finished before there were ids, has none.
+    """
+    result = folder / "result.json"
+    found = json.loads(result.read_text()) if result.exists() else {}
+    return f"{folder.name} {found['id']}" if "id" in found else folder.name
 
 
 def folder_of(parent: Path, name: str, settings: Mapping[str, Any]) -> Path:
@@ -196,13 +212,12 @@ def fit(
 ) -> L.Trainer:
     """Train from the newest checkpoint in `resume`, with statistics of the last epoch if wanted."""
     L.seed_everything(options.seed, verbose=False)
-    kinds = {} if options.adapter is None else STATISTICS[options.adapter]
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=1,
         max_epochs=options.epochs,
         callbacks=[
-            *([MaTSStatsCallback(last_n_epochs=1, **kinds)] if statistics else []),
+            *([statistics_callback(options)] if statistics else []),
             ModelCheckpoint(resume, filename="{epoch}", save_on_train_epoch_end=True),
             RichProgressBar(),
         ],
@@ -216,6 +231,12 @@ def fit(
         print(f"resuming from {checkpoints[-1]}")
     trainer.fit(module, data, ckpt_path=checkpoints[-1] if checkpoints else None)
     return trainer
+
+
+def statistics_callback(options: Options) -> MaTSStatsCallback:
+    """Takes what the merges need, in the last epoch."""
+    kinds = {} if options.adapter is None else STATISTICS[options.adapter]
+    return MaTSStatsCallback(last_n_epochs=1, **kinds)
 
 
 def task_settings(
@@ -261,8 +282,14 @@ def report_changes(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written to a temporary name and renamed: a kill leaves no half of a file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one, as do two runs at a time."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, write)

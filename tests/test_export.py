@@ -26,7 +26,7 @@ from transformers import (
 
 from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import load_weights
-from mats_lightning.export import export_huggingface
+from mats_lightning.export import export_adapter, export_huggingface
 
 CONFIG = BertConfig(
     vocab_size=20,
@@ -220,7 +220,7 @@ def test_folder_that_is_not_empty(tmp_path: Path, model: BertModel) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"is not empty: .* pass overwrite=True"):
         export_huggingface(tmp_path, model, None, {}, CARD)
-    with pytest.raises(FileExistsError, match=r"something else than a model \(no config\.json\)"):
+    with pytest.raises(FileExistsError, match=r"something else than a model or an adapter \(no"):
         export_huggingface(tmp_path, model, None, {}, CARD, overwrite=True)
     with pytest.raises(FileExistsError, match=r"notes\.txt is a file"):
         export_huggingface(tmp_path / "notes.txt", model, None, {}, CARD, overwrite=True)
@@ -242,6 +242,18 @@ def test_overwrite_leaves_nothing_of_the_earlier_export(
     assert_same(AutoModel.from_pretrained(tmp_path / "merged"), model)
     assert not (tmp_path / "merged" / "heads").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+def test_an_export_of_the_other_kind_is_replaced_too(tmp_path: Path, model: BertModel) -> None:
+    config = {"peft_type": "IA3"}
+    export_adapter(tmp_path / "merged", config, {"a": torch.ones(2)}, {}, None)
+    export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+    assert_same(AutoModel.from_pretrained(tmp_path / "merged"), model)
+    export_adapter(tmp_path / "merged", config, {"a": torch.ones(2)}, {}, None, overwrite=True)
+    assert sorted(entry.name for entry in (tmp_path / "merged").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_failure_leaves_the_earlier_export(

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import compare
 import datasets
 import finetune
 import lightning as L
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from mats_lightning import load_statistics
+from mats_lightning.joint import REFERENCES
 
 WORDS = {  # task -> class -> words that only its texts have
     "colour": {"cold": ["blue", "green", "teal"], "warm": ["red", "orange", "pink"]},
@@ -365,7 +365,7 @@ def test_the_whole_comparison(
     results = json.loads((out / "results.json").read_text())
     assert [row["label"] for row in results["methods"]] == ["individual", *GRID]
     assert results["methods"][-1]["grid"][0]["settings"]["iterations"] == 1
-    merges = [outcome for outcome in outcomes if outcome.label not in compare.REFERENCES]
+    merges = [outcome for outcome in outcomes if outcome.label not in REFERENCES]
     best = max(merges, key=lambda outcome: outcome.chosen.average)
     assert results["exported"] == best.label
     assert sorted(path.name for path in (out / "merged/heads").iterdir()) == [
@@ -387,6 +387,56 @@ def test_the_whole_comparison(
     for name in WORDS:
         trained = results["finetuning"][name]["rows"]["train"]
         assert f"| {name} | {name}.ckpt | {trained} | accuracy |" in card
+
+
+def test_results_are_there_before_an_export_that_is_refused(tmp_path: Path, bert: Path) -> None:
+    methods = {"average": {"method": "average"}}
+    arguments = configuration(tmp_path, bert, epochs=1, methods=methods)
+    merged = tmp_path / "out/merged"
+    merged.mkdir(parents=True)
+    (merged / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        merge.main(arguments)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["label"] for row in results["methods"]] == ["individual", "average"]
+    assert results["exported"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ({"method": "mats", "options": {"iterations": 1, "averaged": ["stem"]}}, {}, "'stem'"),
+        (GRID["RegMean"], {"adapter": "ia3"}, "needs the statistic gram, and of these models diag"),
+        (
+            {"method": "average", "options": {"lora_rank": 2}},
+            {"adapter": "ia3"},
+            "lora_rank is for",
+        ),
+        ({"method": "iso_c", "options": {"averaged": "embeddings"}}, {"adapter": "ia3"}, "'embed"),
+        (
+            {"method": "average", "grid": {"lora_rank": [2], "averaged": [["lora_A"]]}},
+            {"adapter": "lora"},
+            "'lora_A'",
+        ),
+    ],
+)
+def test_methods_that_cannot_merge_such_models_are_refused_before_training(
+    tmp_path: Path,
+    bert: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(train_tasks, "fit", None)
+    tasks = yaml.safe_load(Path(configuration(tmp_path, bert)[1]).read_text())["tasks"]
+    for task in tasks:
+        task["head_group"] = None
+    arguments = configuration(tmp_path, bert, tasks=tasks, methods={"mine": method}, **changes)
+    with pytest.raises(SystemExit) as refused:
+        merge.main(arguments)
+    assert message in str(refused.value) and "methods: 'mine': " in str(refused.value)
+    assert "--setting text_ia3, text_lora or convolutions" in str(refused.value)
 
 
 @pytest.mark.slow
@@ -456,6 +506,7 @@ def test_a_kill_after_the_last_epoch_loses_nothing(
         patch.setattr(train_tasks.shutil, "rmtree", lambda *args, **kwargs: None)
         first = train_tasks.train_task(options, task, data)
     statistics, weights = load_statistics(first.checkpoint), torch.load(first.checkpoint)
+    known = train_tasks.training_of(first.checkpoint.parent)
     for path in first.checkpoint.parent.glob("*.*"):
         if path.name != "settings.json" and path.is_file():
             path.unlink()
@@ -465,7 +516,7 @@ def test_a_kill_after_the_last_epoch_loses_nothing(
 
     monkeypatch.setattr(TextClassifier, "training_step", no_more)
     second = train_tasks.train_task(options, task, data)
-    assert second.now
+    assert second.now and train_tasks.training_of(second.checkpoint.parent) != known
     again = load_statistics(second.checkpoint)
     assert again.examples == statistics.examples
     for name, value in weights["state_dict"].items():

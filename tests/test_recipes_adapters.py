@@ -58,6 +58,13 @@ def test_the_paper_s_settings_are_options(name: str, fast: bool) -> None:
     assert len(options.task_list) == 2 if fast else len(setting.seeds) == 3
     assert (options.adapter is not None) == name.startswith("text")
     assert setting.methods.keys() == methods_of(f"{name}.yaml").keys()
+    for label, method in setting.methods.items():
+        if "closed form" in label:  # which may lie farther away than the default radius
+            assert method.options["radius"] is None
+    if options.adapter is not None:
+        callback = train_tasks.statistics_callback(options)
+        assert callback.adapted_weights == (options.adapter == "lora")
+        assert ("kfac" in callback.kinds) == (options.adapter == "lora")
 
 
 @pytest.mark.parametrize(

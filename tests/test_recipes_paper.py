@@ -12,16 +12,17 @@ from typing import Any
 import datasets
 import merge
 import paper
+import paper_settings
 import pytest
 import torch
 import train_tasks
 import yaml
-from bench import Opened
+from bench import Cell, Merge, Opened
 from cells import Cells
 from compare import merges_of
-from paper_seeds import Seed
+from paper_seeds import Seed, Suite
 from paper_settings import read_setting
-from paper_tables import AblationTable, StartTable
+from paper_tables import AblationTable, Record, StartTable, merge_seconds
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,7 +118,7 @@ def by_hand(path: Path, method: str, options: dict[str, Any], stage: str) -> dic
     seed = seed_of(path)
     folders = [seed.suite.about(name)[0] for name in WORDS]
     tasks = [
-        Task(name, seed.suite.start(name).module, f"out/tasks/{folder}/{name}.ckpt", data)
+        Task(name, seed.suite.start(name).module, folder / f"{name}.ckpt", data)
         for (name, data), folder in zip(
             ((task.name, data) for task, data in seed.suite.data.items()), folders, strict=True
         )
@@ -222,6 +223,9 @@ def test_a_killed_run_measures_only_what_is_missing(
     monkeypatch.setattr(Cells, "keep", counted)
     run(path, "--tables", "starts", "--again")
     assert len(kept) == total + 2 * 3 * 2  # objectives, starts, counts
+    kept.clear()
+    run(path, "--again")  # what is chosen among the methods is forgotten last
+    assert len(kept) == total
 
 
 def test_what_is_missing_is_shown(
@@ -271,7 +275,7 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
             Task(
                 name,
                 seed.suite.start(name).module,
-                f"out/tasks/{seed.suite.about(name)[0]}/{name}.ckpt",
+                seed.suite.about(name)[0] / f"{name}.ckpt",
                 seed.suite.data[seed.suite.by_name[name]],
             )
             for name in WORDS
@@ -293,6 +297,11 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     assert statistics.examples == 40
     assert (statistics.info["fisher"], statistics.info["mode"]) == ("sampled", "eval")
     assert statistics.info["kinds"] == ["kfac", "block_fisher"]
+    tables_of = paper.tables_of(read_setting(str(path))[1], seed)
+    tables_of["methods"].forget()
+    assert sidecar.exists()
+    tables_of["ablations"].forget()
+    assert not sidecar.exists()
     residuals = {words: cell.residual for (label, words), cell in lines.items() if label == "kfac"}
     assert len(set(residuals.values())) == 3
     text = (tmp_path / "out/results/tiny.md").read_text()
@@ -334,8 +343,17 @@ def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Pat
     )
 
 
-def test_intermediate_tasks(tmp_path: Path, bert: Path) -> None:
+def test_intermediate_tasks(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int | None] = []
+    let_go = Suite.let_go
+
+    def noted(suite: Suite) -> None:
+        released.append(suite.options.train_rows)
+        let_go(suite)
+
+    monkeypatch.setattr(Suite, "let_go", noted)
     found = run(setting(tmp_path, bert, intermediate=TRANSFER))
+    assert released == [16, 96]
     cases = list(dict.fromkeys(record.case for record in found))
     assert cases == [
         "target colour",
@@ -425,14 +443,93 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_prints_again(
     assert [o.row for o in merge.main(arguments)] == [o.row for o in first]
     assert set(merged) == {"RegMean", results["exported"]}
 
+    # a part of the grid: the curves are cut to it, and its seconds are not known
+    gram = GRID["MaTS gram"] | {"grid": {"iterations": [2]}}
+    part = merge.main([*arguments, "--methods", json.dumps({"MaTS gram": gram})])[1]
+    whole = next(outcome for outcome in first if outcome.label == "MaTS gram")
+    assert part.merge_seconds is None and whole.merge_seconds is not None
+    assert part.blocks.keys() == whole.blocks.keys() != set()
+    for name, curve in part.blocks.items():
+        assert curve.residuals == whole.blocks[name].residuals[:3]
+
     merged.clear()
+    there = sorted((tmp_path / "out/cells").iterdir())
+    before = [path.read_bytes() for path in there]
     merge.main([*arguments, "--again", "--methods", "{average: {method: average}}"])
     assert merged == ["individual", "average"]
-    assert len(list((tmp_path / "out/cells").iterdir())) == 3
+    assert sorted((tmp_path / "out/cells").iterdir()) == there
+    after = [path.read_bytes() for path in there]
+    assert sum(old != new for old, new in zip(before, after, strict=True)) <= 3
     merged.clear()
     merge.main([*arguments, "--test_rows", "20", "--methods", "{average: {method: average}}"])
     assert merged == ["individual", "average"]  # other rows
     assert set(GRID) == {outcome.label for outcome in first[1:]}
+
+
+def test_a_key_says_all_of_the_start() -> None:
+    """And nothing more than it did where there was nothing more to say."""
+    regmean = Merge("regmean", {"off_diagonal": 0.9})
+    merge = Merge("mats", {"objective": "gram"}, (1, 5), regmean)
+    start = {"method": "regmean", "options": {"off_diagonal": 0.9}}
+    assert merge.key(5, "validation") == {
+        "method": "mats",
+        "options": {"objective": "gram"},
+        "start": start,
+        "iterations": 5,
+        "split": "validation",
+    }
+    starts = [
+        Merge("mats", {}, (2,)),
+        Merge("mats", {}, (4,)),
+        Merge("mats", {}, (4,), regmean),
+        Merge("mats", {}, (4,), statistics={"rows": 5}),
+    ]
+    keys = [json.dumps(replace(merge, start=start).key(5, "test")) for start in starts]
+    assert len(set(keys)) == len(starts)
+
+
+def test_cells_are_of_one_training(tmp_path: Path) -> None:
+    """And cells of trainings without an id stay those of these trainings."""
+    folder, key = tmp_path / "tasks/trec-01234567", {"method": "average"}
+    cells = Cells(tmp_path / "cells", [folder], {"rows": ["0"]})
+    cells.keep(key, {"scores": {}})
+    assert cells.about["fine-tunes"] == ["trec-01234567"]
+    train_tasks.write_json(folder / "result.json", {"seconds": 1.0})
+    assert cells.find(key) == {"scores": {}}
+    for training in ("a", "b"):
+        train_tasks.write_json(folder / "result.json", {"seconds": 1.0, "id": training})
+        assert cells.find(key) is None
+        cells.keep(key, {"scores": {}})
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+
+
+def test_seconds_of_the_whole_grid_are_shown() -> None:
+    """What was chosen may have been merged again, to its own iterations alone, to be tested."""
+
+    def record(split: str, iterations: int, seconds: float, merged_to: int) -> Record:
+        cell = Cell({"trec": 0.5}, 1.0, seconds, merged_to)
+        return Record(0, "methods", "", "MaTS", "", iterations, split, cell)
+
+    grid = [record("validation", 2, 7.0, 20), record("validation", 20, 7.0, 20)]
+    tested = record("test", 2, 3.0, 2)
+    assert merge_seconds(tested, [*grid, tested]) == 7
+    assert merge_seconds(tested, [*grid[:1], tested]) is None  # another grid's
+    trained = record("test", 0, 9.0, 0)
+    assert merge_seconds(trained, [trained]) == 9
+
+
+def test_results_of_a_named_setting_are_beside_its_cells(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_settings, "FOLDER", tmp_path)
+    setting(tmp_path, bert, methods={"average": {"method": "average"}})
+    published = Path(paper.__file__).with_name("results")
+    before = sorted(published.glob("*"))
+    paper.main(["--setting", "tiny", "--report_only", "--output_dir", str(tmp_path / "mine")])
+    assert (tmp_path / "mine/results/tiny.csv").is_file()
+    assert sorted(published.glob("*")) == before
+    paper.main(["--setting", "tiny", "--report_only", "--results", str(tmp_path / "there")])
+    assert (tmp_path / "there/tiny.csv").is_file() and not (tmp_path / "out/results").exists()
 
 
 # -- settings ------------------------------------------------------------------------------------
@@ -487,6 +584,34 @@ def test_what_the_settings_merge_by_exists(name: str, bert: Path, tmp_path: Path
         ),
         ({"starts": STARTS}, [], "starts: 'average' is none of"),
         (
+            {"methods": METHODS, "starts": {**STARTS, "options": {"iterations": 3}}},
+            [],
+            "starts: options: say iterations with its solver",
+        ),
+        (
+            {
+                "methods": METHODS,
+                "starts": {
+                    **STARTS,
+                    "solvers": {"cg": {"iterations": [1], "options": {"iterations": 3}}},
+                },
+            },
+            [],
+            "starts: options of 'cg': say iterations with its solver",
+        ),
+        (
+            {
+                "ablations": {
+                    **ABLATIONS,
+                    "changes": [
+                        {"baseline": "kfac", "label": "longer", "options": {"iterations": 9}}
+                    ],
+                }
+            },
+            [],
+            "ablations: options of 'longer': say iterations with its solver",
+        ),
+        (
             {"ablations": {**ABLATIONS, "baselines": {}}},
             [],
             "ablations: 'kfac' is none of",
@@ -513,7 +638,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_a_setting_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         paper.main(["--setting", "text_fll"])
-    assert "choose from intermediate, text_full, vision_full" in capsys.readouterr().err
+    assert "choose from convolutions, intermediate, text_full" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -521,4 +646,5 @@ def test_a_setting_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
 def test_fast_runs_on_the_packaged_tasks(name: str) -> None:
     found = paper.main(["--setting", name, "--fast"])
     assert found and all(record.cell is not None for record in found)
-    assert (Path("runs/paper/text-fast/results") / f"{name}.csv").is_file()
+    folder = Path(read_setting(name, fast=True)[1].options["output_dir"])
+    assert folder.name.endswith("-fast") and (folder / "results" / f"{name}.csv").is_file()

@@ -1,6 +1,7 @@
 """recipes/refresh.py on tiny models: what it takes from merge.py, its table, its rivals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import merge
 import pytest
 import refresh
 import refresh_rivals
+import torch
 import train_tasks
-from test_recipes import GRID, WORDS, bert, configuration
+from test_recipes import GRID, WORDS, Crash, bert, configuration
 
 from mats_lightning import RefreshPlan
+from mats_lightning.checkpoints import load_weights
 from mats_lightning.report import average
 
 __all__ = ["bert"]  # a fixture
@@ -59,6 +62,13 @@ def test_a_refresh_of_what_merge_has_chosen(
     assert not calls
     assert [line.row.scores for line in again] == [line.row.scores for line in lines]
 
+    def crash(*_: Any, **__: Any) -> None:
+        raise Crash
+
+    monkeypatch.setattr("mats_lightning.measuring.collect_statistics", crash)
+    with pytest.raises(Crash):  # the rounds are forgotten
+        refresh.main(arguments(tmp_path, bert, "--again"))
+
 
 def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
     tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
@@ -76,6 +86,15 @@ def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
         assert refresh.chosen(options, KFAC) == options.methods[KFAC]
         assert "is of other options" in capsys.readouterr().out
 
+    # results of a version that could not set what is now at its default
+    earlier = {name: value for name, value in known.items() if name not in ("modality", "again")}
+    train_tasks.write_json(file, {"options": earlier, "methods": rows})
+    assert refresh.chosen(options, KFAC).options == {"iterations": 7}
+    train_tasks.write_json(file, {"options": known | {"again": True}, "methods": rows})
+    assert refresh.chosen(options, KFAC).options == {"iterations": 7}
+    again = replace(options, again=True)
+    assert refresh.chosen(again, KFAC) == options.methods[KFAC]
+
 
 def test_rivals_train_on_the_rows_of_the_refresh(
     tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,11 +111,26 @@ def test_rivals_train_on_the_rows_of_the_refresh(
             rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
         return step(module, batch, batch_idx)
 
+    begins: list[dict[str, Any]] = []
+    begin = refresh_rivals.TimedClassifier.on_train_start
+
+    def noted_start(module: Any) -> None:
+        states = [one.state_dict() for one in module.classifiers.values()]
+        begins.extend({name: value.clone() for name, value in one.items()} for one in states)
+        begin(module)
+
+    monkeypatch.setattr(refresh_rivals.TimedClassifier, "on_train_start", noted_start)
     monkeypatch.setattr(refresh_rivals.MultitaskClassifier, "training_step", noted)
     lines = refresh.main(arguments(tmp_path, bert, "--rivals"))
     together, timed = lines[-2:]
     assert together.row.method == "trained together on 40 rows"
     assert timed.row.method == "trained from the merge on 40 rows"
+    assert any(line.row.method == "refresh, round 1" for line in lines)  # other weights follow
+    (folder,) = (tmp_path / "out/refresh").glob("rounds-*")
+    merged = load_weights(folder / "round-0.safetensors")
+    assert len(begins) == len(WORDS)
+    for state in begins:
+        assert all(torch.equal(state[name], merged[name]) for name in merged)
     assert list(together.row.scores) == list(timed.row.scores) == list(WORDS)
     rows: dict[str, set[Any]] = {"MultitaskClassifier": set(), "TimedClassifier": set()}
     for kind, number, tokens in seen:
@@ -124,6 +158,10 @@ def test_arguments_of_both_kinds(tmp_path: Path, bert: Path) -> None:
         (["--plan.mix", "2"], "mix=2.0; it lies between 0 and 1"),
         (["--plan.weather", "fine"], "weather"),
         (["--method", "magic"], "'magic' is none of average, MaTS kfac"),
+        (
+            ["--methods", "{start: {method: pretrained}}", "--method", "start"],
+            "'start' merges nothing",
+        ),
         (["--weather", "fine"], "weather"),
     ],
 )

@@ -147,6 +147,7 @@ def test_merges_solve_the_equation(name: str, method: str, tmp_path: Path) -> No
         objective, _, plain = method.partition(", ")
         preconditioner = None if plain else "kronecker"
         options: dict[str, Any] = {"objective": objective, "preconditioner": preconditioner}
+        options["radius"] = None  # of few rows there are directions almost without curvature
         merged = mats(
             thetas, statistics, normalize=False, iterations=2000, tolerance=1e-9, **options
         ).state_dict

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -235,7 +236,7 @@ def iterations(suites: Sequence[Suite], layers: int, cap: int) -> list[dict[str,
     rows = []
     for found in suites:
         names = [n for n in found.layers if min(found.thetas[0][n].shape[:2]) > 64]
-        picked = names[:: max(1, len(names) // layers)]
+        picked = random.Random(0).sample(names, min(layers, len(names)))  # not of one sort
         for tasks, normalize in ((len(found.tasks), False), (len(found.tasks), True), (2, True)):
             kinds: dict[str, Callable[[Any], Any]] = {
                 "none": lambda operators: None,

@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     print(f"{name}: reading the tasks of {len(setting.seeds)} seeds")
     seeds = [Seed(setting, number) for number in setting.seeds]
     try:
-        all_tables = {seed: tables_of(setting, seed) for seed in seeds}
+        all_tables = {seed: tables_of(setting, seed, seeds[0]) for seed in seeds}
     except ValueError as error:
         arguments().error(str(error))
     if not asked.report_only:
@@ -85,12 +85,12 @@ def checked(what: str, asked: list | None, known: Sequence) -> list:
     return [entry for entry in known if entry in (asked or known)]
 
 
-def tables_of(setting: Setting, seed: Seed) -> dict[str, Table]:
+def tables_of(setting: Setting, seed: Seed, first_seed: Seed) -> dict[str, Table]:
     """Those of a seed: all for the setting's first one, for others those that are over seeds."""
     found: dict[str, Table] = {}
-    first = seed.seed == setting.seeds[0]
+    first = seed is first_seed
     if setting.methods:
-        found["methods"] = MethodTable(setting, seed)
+        found["methods"] = MethodTable(setting, seed, None if first else first_seed)
     if setting.starts is not None and first:
         found["starts"] = StartTable(setting, setting.starts, seed)
     if setting.ablations is not None and first:

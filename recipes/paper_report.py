@@ -139,8 +139,9 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
         averages = spread(each(label, lambda cell, seed: cell.average))
         lines.append([label, *scores, averages, spread(each(label, to_individual))])
     text = (
-        f"Test rows; settings chosen on validation rows; seeds {', '.join(map(str, seeds))}: mean "
-        "(lowest to highest). relative: the mean over tasks of score / individual."
+        f"Test rows; settings chosen on validation rows of seed {seeds[0]}; seeds "
+        f"{', '.join(map(str, seeds))}: mean (lowest to highest). relative: the mean over tasks of "
+        "score / individual."
     )
     tables = [Table("Methods", text, lines)]
     for seed in seeds:

@@ -115,7 +115,8 @@ class Setting:
 
     Args:
         options: those of merge.py, over merge.yaml; `methods` and `seed` are said here instead.
-        seeds: of the methods and of `intermediate`; all else is on the first of them.
+        seeds: of the methods and of `intermediate`; all else is on the first of them, the choice of
+            the methods' options as well.
         methods: rows of the table of methods, by their label.
         multitask: whether multitask training is among them.
         starts: the table of starts, if the setting has one.

@@ -134,29 +134,80 @@ def merge_seconds(tested: Record, records: Sequence[Record]) -> float | None:
 
 
 class MethodTable:
-    """All methods, chosen on validation and tested, and multitask training."""
+    """All methods, chosen on validation rows of the first seed and tested; multitask training.
 
-    def __init__(self, setting: Setting, seed: Seed) -> None:
-        self.seed, self.multitask = seed, setting.multitask
+    Args:
+        setting: the file.
+        seed: whose fine-tunes are merged.
+        first: the seed that chooses; None where it is `seed` itself.
+    """
+
+    def __init__(self, setting: Setting, seed: Seed, first: Seed | None = None) -> None:
+        self.seed, self.first, self.multitask = seed, first, setting.multitask
         self.methods = {**INDIVIDUAL, **setting.methods}
 
     def records(self) -> Iterator[Record]:
         number = self.seed.seed
-        yield from method_records(self.methods, self.seed.find, number, "methods")
+        if self.first is None:
+            yield from method_records(self.methods, self.seed.find, number, "methods")
+        else:
+            for label, method in self.methods.items():
+                yield self._tested(label, method)
         if self.multitask:
             cell = self.seed.multitask_cell()
             yield Record(number, "methods", "", "multitask", "", 0, "test", cell)
 
+    def _point(self, method: MethodOptions) -> tuple[Merge, int] | None:
+        """What the first seed chose, where it has."""
+        merges = list(merges_of(method))
+        if len(merges) == len(merges[0].counts) == 1:
+            return merges[0], merges[0].counts[0]
+        assert self.first is not None
+        chosen = choose(self.first.find, merges)
+        return None if chosen is None else chosen[:2]
+
+    def _points(self, first: Seed) -> dict[str, tuple[Merge, int]]:
+        """All of them, or an error."""
+        points = {}
+        for label, method in self.methods.items():
+            if (point := self._point(method)) is None:
+                raise ValueError(
+                    f"{label}: seed {self.seed.seed} tests what seed {first.seed} chose on its"
+                    f" validation rows, and that is not measured yet: run seed {first.seed}"
+                )
+            points[label] = point
+        return points
+
+    def _tested(self, label: str, method: MethodOptions) -> Record:
+        """One method at a later seed."""
+        point = self._point(method)
+        about = (self.seed.seed, "methods", "", label)
+        if point is None:
+            return Record(*about, "not chosen yet", 0, "test", None)
+        merge, count = point
+        tried = {name: value for name, value in merge.options.items() if name in method.grid}
+        return Record(*about, described(tried), count, "test", self.seed.find(*point, "test"))
+
     def steps_left(self) -> tuple[int, int]:
-        counted = [steps_of(self.seed.find, method) for method in self.methods.values()]
+        if self.first is None:
+            counted = [steps_of(self.seed.find, method) for method in self.methods.values()]
+        else:
+            done = [self._tested(*entry).cell is not None for entry in self.methods.items()]
+            counted = [(2, 2 * tested) for tested in done]
         if self.multitask:
             counted.append((1, int(self.seed.multitask_cell() is not None)))
         return added(counted)
 
     def run(self, steps: Steps) -> None:
-        comparison = Comparison(self.seed.bench(steps))
-        for label, method in self.methods.items():
-            comparison.compare(label, method)
+        points = {} if self.first is None else self._points(self.first)  # before any training
+        bench = self.seed.bench(steps)
+        if self.first is None:
+            comparison = Comparison(bench)
+            for label, method in self.methods.items():
+                comparison.compare(label, method)
+        for label, (merge, count) in points.items():
+            cell = Opened(bench, merge, label).cell(count, "test", alone=True)
+            steps.say(f"{label}: {cell.average:.3f} on test")
         if self.multitask and self.seed.multitask_cell() is None:
             self.seed.measure_multitask(steps)
 

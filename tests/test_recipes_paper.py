@@ -109,21 +109,23 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def seed_of(path: Path) -> Seed:
-    return Seed(read_setting(str(path))[1], 0)
+def seed_of(path: Path, seed: int = 0) -> Seed:
+    return Seed(read_setting(str(path))[1], seed)
 
 
-def by_hand(path: Path, method: str, options: dict[str, Any], stage: str) -> dict[str, float]:
+def by_hand(
+    path: Path, method: str, options: dict[str, Any], stage: str, seed: int = 0
+) -> dict[str, float]:
     """Accuracies of a merge of the fine-tunes on disk, in a loop of our own."""
-    seed = seed_of(path)
-    folders = [seed.suite.about(name)[0] for name in WORDS]
+    own = seed_of(path, seed)
+    folders = [own.suite.about(name)[0] for name in WORDS]
     tasks = [
-        Task(name, seed.suite.start(name).module, folder / f"{name}.ckpt", data)
+        Task(name, own.suite.start(name).module, folder / f"{name}.ckpt", data)
         for (name, data), folder in zip(
-            ((task.name, data) for task, data in seed.suite.data.items()), folders, strict=True
+            ((task.name, data) for task, data in own.suite.data.items()), folders, strict=True
         )
     ]
-    module = MergeModule(tasks, method, options, pretrained=seed.starts[0])
+    module = MergeModule(tasks, method, options, pretrained=own.starts[0])
     found = {}
     for task in tasks:
         data: Any = task.data
@@ -143,7 +145,7 @@ def test_methods_are_chosen_on_validation_and_reported_over_seeds(
     found = run(path)
     assert all(record.cell is not None for record in found)
     rows = rows_of(tmp_path)
-    assert len(rows) == len(found) == 2 * (1 + 1 + 2 + 4 + 5 + 1)
+    assert len(rows) == len(found) == (1 + 1 + 2 + 4 + 5 + 1) + 6
     for row in rows:
         assert float(row["average"]) == pytest.approx(mean(float(row[name]) for name in WORDS))
     for seed in ("0", "1"):
@@ -152,7 +154,8 @@ def test_methods_are_chosen_on_validation_and_reported_over_seeds(
         assert list(tested) == ["individual", *METHODS, "multitask"]
         assert float(tested["individual"]["average"]) > 0.9
         for label in ("task arithmetic", "MaTS kfac"):
-            tried = [r for r in own if r["label"] == label and r["split"] == "validation"]
+            tried = [r for r in rows if r["label"] == label and r["split"] == "validation"]
+            assert {r["seed"] for r in tried} == {"0"}  # which chooses for both
             best = max(tried, key=lambda row: float(row["average"]))
             point = ("settings", "iterations")
             assert [tested[label][name] for name in point] == [best[name] for name in point]
@@ -166,6 +169,11 @@ def test_methods_are_chosen_on_validation_and_reported_over_seeds(
     assert {name: float(row[name]) for name in WORDS} == pytest.approx(expected)
     row = next(r for r in rows if r["label"] == "average" and r["split"] == "test")
     expected = by_hand(path, "average", {}, "test")
+    assert {name: float(row[name]) for name in WORDS} == pytest.approx(expected)
+    row = next(r for r in rows if (r["seed"], r["label"]) == ("1", "MaTS kfac"))
+    options = {"objective": "kfac", "iterations": int(row["iterations"])}
+    options["normalize"] = row["settings"] == "normalize True"
+    expected = by_hand(path, "mats", options, "test", seed=1)
     assert {name: float(row[name]) for name in WORDS} == pytest.approx(expected)
 
     text = (tmp_path / "out/results/tiny.md").read_text()
@@ -253,9 +261,16 @@ def test_one_seed_of_two_is_said(tmp_path: Path, bert: Path) -> None:
     found = run(path, "--seeds", "1")
     assert {record.seed for record in found if record.cell is not None} == {1}
     text = (tmp_path / "out/results/tiny.md").read_text()
-    assert "3 of 6 cells are measured" in text
+    assert "2 of 5 cells are measured" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| average |")][:1]
     assert line.count("1 missing") == len(WORDS) + 2
+
+
+def test_a_later_seed_needs_what_the_first_one_chose(tmp_path: Path, bert: Path) -> None:
+    scales = {"method": "task_arithmetic", "grid": {"scale": [0.1, 0.4]}}
+    path = setting(tmp_path, bert, seeds=[3, 1], methods={"task arithmetic": scales})
+    with pytest.raises(ValueError, match=r"seed 1 tests what seed 3 chose .*: run seed 3"):
+        run(path, "--seeds", "1")
 
 
 def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
@@ -297,7 +312,7 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     assert statistics.examples == 40
     assert (statistics.info["fisher"], statistics.info["mode"]) == ("sampled", "eval")
     assert statistics.info["kinds"] == ["kfac", "block_fisher"]
-    tables_of = paper.tables_of(read_setting(str(path))[1], seed)
+    tables_of = paper.tables_of(read_setting(str(path))[1], seed, seed)
     tables_of["methods"].forget()
     assert sidecar.exists()
     tables_of["ablations"].forget()

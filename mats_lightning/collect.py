@@ -1,12 +1,10 @@
 """collect_statistics: the same statistics by a pass over data, at fixed weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from mats_lightning.batches import (
 )
 from mats_lightning.capture import Capture
 from mats_lightning.names import plain_name
+from mats_lightning.passes import LossFn, check_finite, evaluating, loss_of, to_device
 from mats_lightning.sampled import (
     Fisher,
     LogitsFn,
@@ -35,8 +34,6 @@ from mats_lightning.sampled import (
 from mats_lightning.sidecar import describe
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 from mats_lightning.statistics.record import GRADIENT
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def collect_statistics(
@@ -123,9 +120,9 @@ def collect_statistics(
     reduction: LossReduction = loss_reduction or "mean"
     generators = sampling.generators() if sampling else []
     rows = 0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
-            batch = _to_device(model, batch, device)
+            batch = to_device(model, batch, device)
             examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
             if of_loss and index == 0 and loss_fn is None and not lightning:
                 reduction = _reduction(model, batch, loss_reduction)
@@ -144,11 +141,11 @@ def collect_statistics(
                 scale *= draws  # a row counts as so many examples
                 if GRADIENT in kinds:
                     gradients = go_back(
-                        _loss(model, batch, index, loss_fn), list(trainable.values())
+                        loss_of(model, batch, index, loss_fn), list(trainable.values())
                     )
             else:
                 with capture.batch(examples, scale, Masks.of(mask(batch))):
-                    loss = _loss(model, batch, index, loss_fn)
+                    loss = loss_of(model, batch, index, loss_fn)
                     capture.start_backward()
                     needed = list(trainable.values()) if GRADIENT in kinds else capture.needed
                     gradients = go_back(loss, needed)
@@ -186,7 +183,7 @@ def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> Los
     """Of `model(**batch).loss`: what was given, unless the loss shows another; or what it shows."""
     with torch.no_grad():
         output = huggingface.output_of(model, batch)
-    _check_finite(output.loss, 0)
+    check_finite(output.loss, 0)
     found = huggingface.reduction_of(output, batch.get("labels"))
     if given is not None:
         if isinstance(given, str) and found not in (None, given):
@@ -213,59 +210,8 @@ def _named(
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
 
 
-def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
-    if loss_fn is not None:
-        loss: Any = loss_fn(model, batch)
-    elif isinstance(model, pl.LightningModule):
-        output = model.training_step(batch, index)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-    else:
-        loss = huggingface.output_of(model, batch).loss
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-        raise ValueError(
-            f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
-            " pass loss_fn=lambda model, batch: ..., and labels in the batch"
-        )
-    _check_finite(loss, index)
-    return loss
-
-
-def _check_finite(loss: Tensor, index: int) -> None:
-    if not torch.isfinite(loss).all():
-        raise ValueError(
-            f"the loss of batch {index} is {loss.tolist()}, which would spoil all sums: look for"
-            " rows without a label (all -100) or weights that are not finite"
-        )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module's own mode put back after; what a LightningModule logs is dropped."""
-    modes = {module: module.training for module in model.modules()}
-    loggers = [module for module in modes if isinstance(module, pl.LightningModule)]
-    model.eval()
-    for logger in loggers:
-        logger.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            del logger.log
-        for module, training in modes.items():
-            module.training = training
-
-
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     total = len(batches) if isinstance(batches, Sized) else None
     return track(
         batches, "collecting statistics", total=total, disable=not progress, transient=True
     )
-
-
-def _to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """As Lightning does it: named tuples, a tokenizer's BatchEncoding, a module's own hooks."""
-    if not isinstance(model, pl.LightningModule):
-        return move_data_to_device(batch, device)
-    batch = model.on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = model.transfer_batch_to_device(batch, device, dataloader_idx=0)
-    return model.on_after_batch_transfer(batch, dataloader_idx=0)

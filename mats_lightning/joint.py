@@ -69,7 +69,8 @@ class JointMerge:
         self.options = dict(options)
         self.in_use = 0  # the iteration count whose state is given out
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
-        self.refreshed: dict[str, Any] = {}  # how the shared parameters were changed since
+        self.refreshed: dict[str, Any] = {}  # how the merge was changed since
+        self._heads: dict[str, dict[str, Tensor]] = {}  # task -> what was put in for its own head
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
         self.weights = self._task_weights()
@@ -140,6 +141,29 @@ class JointMerge:
         self._merged[SHARED] = {self.in_use: result}
         self.refreshed = dict(how)
 
+    def own_head(self, task: str) -> list[str]:
+        """The parameters that no other task has a part in: none where its head is merged."""
+        merged = {
+            n for _, (names, members) in self._parts().items() if task in members for n in names
+        }
+        return [name for name in self.tasks[task].weights if name not in merged]
+
+    def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
+        """Other values for heads that the tasks do not share; those not named stay as they are.
+
+        Raises ValueError for other tasks, names or shapes.
+        """
+        for task, head in heads.items():
+            if task not in self.tasks:
+                raise ValueError(f"no task is named '{task}'; there are {', '.join(self.tasks)}")
+            own = {name: self.tasks[task].weights[name] for name in self.own_head(task)}
+            try:
+                check_models([own, head])
+            except ValueError as error:
+                raise ValueError(f"head of task '{task}': {error}") from error
+        self._heads |= {task: dict(head) for task, head in heads.items()}
+        self.refreshed = dict(how)
+
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
         if task not in self.tasks:
@@ -152,7 +176,7 @@ class JointMerge:
         for part, (_, members) in self._parts().items():
             if part in self._merged and task in members:
                 state |= self._merged[part][self.in_use].state_dict
-        return state
+        return state | self._heads.get(task, {})
 
     def adapter_of(self, task: str) -> Lora | None:
         """The LoRA adapter of one task's model, where its checkpoint is one, with what is merged.

@@ -5,8 +5,7 @@ makes the next merged weights out of them, `next_weights`. Only sidecars and wei
 """
 
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.collect import collect_statistics
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.names import plain_name
+from mats_lightning.passes import training_alone
 from mats_lightning.sidecar import (
     check_belongs,
     load_statistics,
@@ -41,22 +41,8 @@ def statistics_at(
     The others (its head) do not train meanwhile; the gradient goes through them all the same.
     `options` are those of `collect_statistics`; it raises what that does.
     """
-    with _training_alone(module, names):
+    with training_alone(module, names):
         return collect_statistics(module, batches, statistics=statistics, **options)
-
-
-@contextmanager
-def _training_alone(module: nn.Module, names: Container[str]) -> Iterator[None]:
-    others = [
-        p for n, p in module.named_parameters() if p.requires_grad and plain_name(n) not in names
-    ]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
 
 
 def measure(

@@ -136,6 +136,26 @@ class MergeModule(pl.LightningModule):
         self._joint.replace_shared(result, how)
         self._put_in_place()
 
+    def own_heads(self) -> dict[str, dict[str, Tensor]]:
+        """task -> the parameters that it shares with no other; no task without any."""
+        heads = {name: self._joint.own_head(name) for name in self.tasks}
+        return {
+            task: {name: state[name] for name in names}
+            for task, names in heads.items()
+            if names and (state := self.state_of(task))
+        }
+
+    def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
+        """Put other values of `own_heads` in place, of the tasks that are named.
+
+        They are those of all states then, whatever the iterations; `how` is as in
+        `replace_shared`. Raises ValueError for other
+        tasks, names or shapes.
+        """
+        self.merge()
+        self._joint.replace_heads(heads, how)
+        self._put_in_place()
+
     @property
     def task_weights(self) -> dict[str, float]:
         """task -> the number that it is merged with."""

@@ -1,6 +1,7 @@
 """Refresh: statistics taken again at the merged weights, and a step from there; some rounds of it.
 
     merged weights -> each task's statistics at them -> merging.refresh_step -> merged weights
+                   -> each task's own head, fitted to what they give it
 
 Where tasks lie far apart, curvature at each task's own weights is what limits a merge. A refresh
 needs some hundred rows a task, of which labels are needed for the empirical Fisher and for the
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +23,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from mats_lightning.distillation import soft_targets
+from mats_lightning.heads import fit_head
 from mats_lightning.measuring import statistics_at
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule, load_state
+from mats_lightning.passes import LossFn
 from mats_lightning.rounds import Folder, RefreshPlan, Round
 from mats_lightning.sampled import LogitsFn, choose_fisher
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
@@ -51,14 +55,15 @@ def refresh(
 ) -> list[Round]:
     """Merge, then some rounds; the module has the best weights after it, for test and export.
 
-    Each round takes the statistics of every task's training rows at the merged weights (in eval
-    mode), takes the step, and validates. Validation decides by the average of the tasks' primary
-    metrics, higher being better: so no score on these rows is a fair one afterwards, and
-    `module.scores` is empty until the next test.
+    With `plan.heads` the heads that tasks do not share are fitted to the merge first, and again to
+    each step that is tried. Each round takes the statistics of every task's training rows at the
+    merged weights (in eval mode), takes the step, and validates. Validation decides by the average
+    of the tasks' primary metrics, higher being better: so no score on these rows is a fair one
+    afterwards, and `module.scores` is empty until the next test.
 
     Arguments:
-        module: heads stay as they are, merged ones too; weights of the tasks are those of the
-            merge.
+        module: merged heads stay as they are, and so do others without `plan.heads`; weights of the
+            tasks are those of the merge.
         trainer: for `validate`; one device. The default is a quiet one on what there is.
         folder: where each round's weights and scores are kept (see `rounds.Folder`). An
             interrupted refresh goes on from there, in the middle of a round's statistics too.
@@ -68,9 +73,10 @@ def refresh(
             is no LightningDataModule. By default it is the first `rows` of the data module's
             training rows in an order that depends on `seed` alone.
 
-    Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing,
-    merged products of LoRA factors (lora_rank), several devices, training loaders that rows cannot
-    be picked from, a folder with another refresh, and what merging and collecting raise.
+    Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing or
+    merged products of LoRA factors (lora_rank), unless plan.rounds is 0, several devices, training
+    loaders that rows cannot be picked from, no head to fit where heads are to be, a folder with
+    another refresh, and what merging, collecting and fitting raise.
     """
     plan = plan or RefreshPlan()
     trainer = trainer or _quiet_trainer()
@@ -110,26 +116,32 @@ class _Refresh:
         self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
         self.device = trainer.strategy.root_device
         self.state: State = {}  # the merged parameters, after the rounds that are done
+        self.heads: dict[str, State] = {}  # that were fitted to them
         for task in module.tasks.values():
             self._batches(task)  # says now where there are none
         module.merge(self.device, progress)
-        self._put(module.shared_state(), [])  # says so where nothing is merged
+        self.state = module.shared_state()
+        if plan.rounds:
+            self._put([])  # says so where nothing is merged
+        if plan.heads and not module.own_heads():
+            raise ValueError(f"heads={plan.heads}: no task has a head of its own to fit")
         names_with(plan.kept, list(self.state), "kept")
         self.folder = Folder(Path(folder), asdict(plan), self.state)
 
     def run(self) -> list[Round]:
         rounds = self.folder.history()[: self.plan.rounds + 1]
         if rounds:
-            self._put(self.folder.state(rounds), rounds)
+            kept = max(done.number for done in rounds if done.taken or not done.number)
+            self.state, self.heads = self.folder.state(kept), self.folder.heads(kept)
+            self._put(rounds)
         else:
-            seconds = {"validation": self._validate()}
-            rounds = [Round(0, 0.0, dict(self.module.scores), {}, seconds)]
-            self.folder.keep(rounds, self.state)
+            rounds = [self._round_0()]
+            self.folder.keep(rounds, self.state, self.heads)
         while len(rounds) <= self.plan.rounds and (rounds[-1].taken or len(rounds) == 1):
             rounds.append(self._round(len(rounds), rounds))
-            self.folder.keep(rounds, self.state)
+            self.folder.keep(rounds, self.state, self.heads)
             self.folder.remove_sidecars(before=len(rounds) - (1 if self.plan.decay else 0))
-            self._put(self.state, rounds)
+            self._put(rounds)
             last = rounds[-1]
             rank_zero_info(
                 f"refresh, round {last.number}: {rounds[-2].average:.4f} -> {last.average:.4f} on"
@@ -139,28 +151,48 @@ class _Refresh:
         self.module.scores = {}  # those of the rounds chose them: no card shows them as its own
         return rounds
 
+    def _round_0(self) -> Round:
+        """The merge; its heads are then fitted."""
+        seconds = {"heads": 0.0, "validation": self._validate()}
+        tried: dict[str, float] = {}
+        fitted: dict[str, int] = {}
+        if self.plan.heads:
+            tried["0"] = sum(self.module.scores.values()) / len(self.module.scores)
+            fitted, seconds["heads"] = self._fit_heads([])
+            seconds["validation"] += self._validate()
+            self.heads = {name: self.module.own_heads()[name] for name in fitted}
+        return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted)
+
     def _round(self, number: int, before: list[Round]) -> Round:
-        """One round from `self.state`, which is then that after it."""
+        """One round from `self.state`, which is then that after it, like `self.heads`."""
         statistics = [self._statistics(number, task) for task in self.module.tasks.values()]
         started = time.perf_counter()
         result = self._step(statistics)
         seconds = {
             "statistics": sum(task.info["seconds"] for task in statistics),
             "solve": time.perf_counter() - started,
+            "heads": 0.0,
             "validation": 0.0,
         }
         start, step, tried = self.state, self.plan.step, {}
         for _ in range(self.plan.tries):
             state = _between(start, result.state_dict, step / self.plan.step)
-            self.module.replace_shared(replace(result, state_dict=state), self._how(before))
+            how = self._how(before)
+            self.module.replace_shared(replace(result, state_dict=state), how)
+            self.module.replace_heads(self.heads, how)
+            fitted: dict[str, int] = {}
+            if self.plan.heads:
+                fitted, took = self._fit_heads(before)
+                seconds["heads"] += took
             seconds["validation"] += self._validate()
             scores = dict(self.module.scores)
             average = tried[str(step)] = sum(scores.values()) / len(scores)
             if average >= before[-1].average:
                 self.state = state
-                return Round(number, step, scores, tried, seconds)
+                self.heads = {name: self.module.own_heads()[name] for name in fitted}
+                return Round(number, step, scores, tried, seconds, fitted)
             step /= 2
-        return Round(number, 0.0, before[-1].scores, tried, seconds)
+        return Round(number, 0.0, before[-1].scores, tried, seconds, before[-1].heads)
 
     def _step(self, statistics: list[Statistics]) -> MergeResult:
         plan, names = self.plan, list(self.state)
@@ -187,14 +219,63 @@ class _Refresh:
         self.trainer.validate(self.module, verbose=False)
         return time.perf_counter() - started
 
-    def _put(self, state: Mapping[str, Tensor], rounds: list[Round]) -> None:
-        self.state = dict(state)
-        self.module.replace_shared(MergeResult(self.state), self._how(rounds))
+    def _put(self, rounds: list[Round]) -> None:
+        if self.plan.rounds:
+            self.module.replace_shared(MergeResult(self.state), self._how(rounds))
+        if self.heads:
+            self.module.replace_heads(self.heads, self._how(rounds))
 
     def _how(self, rounds: list[Round]) -> dict[str, Any]:
         """For the model card."""
         plan = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan).items()}
         return plan | {"rounds": sum(done.taken for done in rounds)}
+
+    # -- heads -----------------------------------------------------------------------------------
+
+    def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
+        """Each task's own head to the weights in place: task -> iterations; the seconds."""
+        started = time.perf_counter()
+        fitted, heads = {}, {}
+        for name, head in self.module.own_heads().items():
+            task = self.module.tasks[name]
+            loss_fn, teacher = (
+                self._teacher(task) if self.plan.labels == "teacher" else (None, None)
+            )
+            with self._on_device(task.module):
+                found = fit_head(
+                    task.module,
+                    self._batches(task),
+                    head,
+                    iterations=self.plan.heads,
+                    loss_fn=loss_fn,
+                    score=partial(self._score, task),
+                    others=[] if teacher is None else [teacher],
+                )
+            fitted[name], heads[name] = found.iterations, found.state
+        self.module.replace_heads(heads, self._how(rounds))
+        return fitted, time.perf_counter() - started
+
+    def _score(self, task: Task) -> float:
+        """Of the task's module as it is now, on validation rows."""
+        if isinstance(task.data, pl.LightningDataModule):
+            self.trainer.validate(task.module, datamodule=task.data, verbose=False)
+        else:
+            self.trainer.validate(task.module, task.data, verbose=False)
+        metrics = self.trainer.callback_metrics
+        task.module.to(self.device)  # the trainer leaves it on the CPU
+        if task.metric not in metrics:
+            raise ValueError(
+                f"task '{task.name}' did not log its primary metric '{task.metric}'; it logged"
+                f" {', '.join(metrics) or 'nothing'}; say which in Task(metric=...)"
+            )
+        return float(metrics[task.metric])
+
+    def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
+        """The task's own model, and the loss that it gives."""
+        assert self.logits_fn is not None
+        teacher = copy.deepcopy(task.module)
+        load_state(teacher, task.weights)
+        return soft_targets(teacher, self.logits_fn), teacher
 
     # -- statistics ----------------------------------------------------------------------------
 
@@ -220,10 +301,7 @@ class _Refresh:
             options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
         with self._on_device(task.module):
             if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
-                assert self.logits_fn is not None
-                teacher = copy.deepcopy(task.module)
-                load_state(teacher, task.weights)
-                options["loss_fn"] = soft_targets(teacher, self.logits_fn)
+                options["loss_fn"], _ = self._teacher(task)
             return statistics_at(
                 task.module,
                 self.state,

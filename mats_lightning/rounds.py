@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from mats_lightning.merging.models import check_range
 from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX, digest, write_atomically
 
+Weights = Mapping[str, Tensor]
 LABELS = ("data", "teacher")
 
 
@@ -26,7 +27,10 @@ class RefreshPlan:
 
     Arguments:
         rounds: at most; a round that cannot be kept is the last one. A folder may hold more: they
-            stay there.
+            stay there. 0 is for heads alone.
+        heads: iterations to choose from, a task at a time on its validation rows, when its own head
+            is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
+            is tried. () leaves heads as they are.
         rows: of each task, the same in every round.
         mix, step, iterations, damping, preconditioner_damping, radius, normalize, objective,
             kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
@@ -44,6 +48,7 @@ class RefreshPlan:
     """
 
     rounds: int = 1
+    heads: tuple[int, ...] = ()
     rows: int = 500
     mix: float = 0.0
     step: float = 1.0
@@ -61,9 +66,13 @@ class RefreshPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("rounds", 1), ("rows", 1), ("iterations", 1), ("tries", 1)):
+        for name, lowest in (("rounds", 0), ("rows", 1), ("iterations", 1), ("tries", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
+        if not self.rounds and not self.heads:
+            raise ValueError("rounds=0 and heads=(): there is nothing to do")
+        if any(count < 1 for count in self.heads):
+            raise ValueError(f"heads={self.heads}; iterations from 1 on are needed")
         for name in ("mix", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
@@ -85,13 +94,14 @@ class RefreshPlan:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did; number 0 is the merge that was there before."""
+    """What one round did; number 0 is the merge that was there before, its heads fitted."""
 
     number: int
     step: float  # that was taken; 0 where every one that was tried made validation worse
     scores: dict[str, float]  # task -> primary metric on validation, after the round
-    tried: dict[str, float]  # step -> average on validation
-    seconds: dict[str, float] = field(default_factory=dict)  # statistics, solve, validation
+    tried: dict[str, float]  # step -> average on validation; "0" is the merge with its own heads
+    seconds: dict[str, float] = field(default_factory=dict)  # statistics, solve, heads, validation
+    heads: dict[str, int] = field(default_factory=dict)  # task -> iterations, where one was fitted
 
     @property
     def average(self) -> float:
@@ -104,8 +114,9 @@ class Round:
 
 
 class Folder:
-    """`history.json`, `round-<n>.safetensors` for each round that was taken, and below
-    `statistics/` the sidecars of the round under way.
+    """`history.json`, `round-<n>.safetensors` for each round that was taken, beside it
+    `heads-<n>.safetensors` with its fitted heads, and below `statistics/` the sidecars of the round
+    under way.
 
     Raises ValueError, in `history`, where it holds rounds of another plan (`rounds` aside: more of
     them may follow), or from other weights than `start`.
@@ -135,11 +146,21 @@ class Folder:
             )
         return [Round(**fields) for fields in known["rounds"]]
 
-    def keep(self, rounds: list[Round], state: Mapping[str, Tensor]) -> None:
-        """Write the state after the last of these rounds, and then the record of all."""
+    def keep(
+        self, rounds: list[Round], state: Mapping[str, Tensor], heads: Mapping[str, Weights]
+    ) -> None:
+        """Write the state and heads after the last of these rounds, then the record of all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if rounds[-1].taken or not rounds[-1].number:
-            save_state(state, self.weights(rounds[-1].number))
+        last = rounds[-1]
+        if last.taken or not last.number:
+            save_state(state, self.weights(last.number))
+            fitted = {
+                f"{quote(task, safe='')}/{name}": tensor
+                for task, head in heads.items()
+                for name, tensor in head.items()
+            }
+            if fitted:
+                save_state(fitted, self.fitted_heads(last.number))
         done = [asdict(round_) for round_ in rounds]
         text = json.dumps({"plan": self.plan, "start": self.start, "rounds": done}, indent=2)
 
@@ -151,10 +172,21 @@ class Folder:
     def weights(self, number: int) -> Path:
         return self.path / f"round-{number}.safetensors"
 
-    def state(self, rounds: list[Round]) -> dict[str, Tensor]:
-        """The merged weights after these rounds."""
-        last = max(done.number for done in rounds if done.taken or not done.number)
-        return dict(load_weights(self.weights(last)))
+    def fitted_heads(self, number: int) -> Path:
+        return self.path / f"heads-{number}.safetensors"
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """The merged weights after this round, which was taken or is 0."""
+        return dict(load_weights(self.weights(number)))
+
+    def heads(self, number: int) -> dict[str, dict[str, Tensor]]:
+        """task -> its fitted head after this round; none where the plan fits none."""
+        found: dict[str, dict[str, Tensor]] = {}
+        if self.fitted_heads(number).exists():
+            for key, tensor in load_weights(self.fitted_heads(number)).items():
+                task, _, name = key.partition("/")
+                found.setdefault(unquote(task), {})[name] = tensor
+        return found
 
     def sidecar(self, number: int, task: str) -> Path:
         folder = self.path / "statistics"

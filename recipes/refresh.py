@@ -4,6 +4,7 @@
     python recipes/refresh.py --fast                             # the same on smaller slices
     python recipes/refresh.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
     python recipes/refresh.py --plan.rounds 3 --plan.rows 200    # any field of RefreshPlan
+    python recipes/refresh.py --plan.rounds 0 --plan.heads "[5, 20]" # each task's head alone
     python recipes/refresh.py --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
     python recipes/refresh.py --rivals                           # and what training would reach
 
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench import Bench, Steps, evaluate
+from bench import Bench, Merge, Steps, evaluate
 from cells import cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
 from jsonargparse import ArgumentParser
@@ -38,7 +39,6 @@ from refresh_rivals import train_rivals
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task, refresh
-from mats_lightning.checkpoints import load_weights
 from mats_lightning.joint import REFERENCES
 from mats_lightning.merging import MergeResult
 from mats_lightning.report import (
@@ -50,7 +50,7 @@ from mats_lightning.report import (
     write_csv,
     write_markdown,
 )
-from mats_lightning.rounds import Round
+from mats_lightning.rounds import Folder, Round
 
 # options of merge.py that do not decide what a merge of one method gives
 OF_NO_EFFECT = ("methods", "output_dir", "accelerator", "again")
@@ -63,8 +63,9 @@ class RefreshOptions:
     Args:
         plan: of the refresh; its `kept` is by default what the merge averages.
         method: label of the merge in `methods`.
-        rivals: also train on the same rows: all tasks together from the start, and from the merged
-            weights for the seconds that the refresh took.
+        rivals: also train on the same rows: the heads alone on the pretrained model (where the plan
+            fits heads), all tasks together from the start, and from the merged weights for the
+            seconds that the refresh took.
     """
 
     plan: RefreshPlan = field(default_factory=RefreshPlan)
@@ -111,11 +112,13 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     lines = [
         Line(individual.row, None),
         Line(merge.row, 0.0),
-        *tested(module, rounds[1:], folder, bench),
+        *tested(module, rounds, folder, bench),
     ]
     if own.rivals:
-        put(module, folder, 0)
-        spent = sum(done.seconds["statistics"] + done.seconds["solve"] for done in rounds[1:])
+        if plan.heads:
+            lines.append(probe(bench, replace(plan, rounds=0)))
+        put_merge(module, folder)
+        spent = sum(map(seconds_of, rounds))
         rivals = train_rivals(options, module, plan, spent)
         lines += [Line(rival.row, rival.seconds) for rival in rivals]
     report(options, plan, lines, rounds, merge)
@@ -206,23 +209,54 @@ def folder_of_rounds(
 
 
 def tested(module: MergeModule, rounds: Sequence[Round], folder: Path, bench: Bench) -> list[Line]:
-    """A line for each round that was taken, on the test rows; the last one's state stays."""
+    """A line for each round that was taken, on the test rows; the last one's state stays.
+
+    Round 0 has one where heads were fitted.
+    """
     lines, seconds = [], 0.0
     for done in rounds:
-        seconds += done.seconds["statistics"] + done.seconds["solve"]
-        if not done.taken:
+        seconds += seconds_of(done)
+        if not done.taken and not done.heads:
             continue
         put(module, folder, done.number)
         scores = evaluate(module, bench.trainer.test)
         words = f"step {done.step:g}, {seconds:.0f} s, validation {done.average:.3f}"
-        lines.append(Line(Row(f"refresh, round {done.number}", words, scores), seconds))
+        label = f"refresh, round {done.number}" if done.number else "heads alone"
+        lines.append(Line(Row(label, words, scores), seconds))
     return lines
 
 
+def seconds_of(done: Round) -> float:
+    """What a round took; without the validation that only decides."""
+    return sum(taken for part, taken in done.seconds.items() if part != "validation")
+
+
 def put(module: MergeModule, folder: Path, number: int) -> None:
-    """The weights after this round into the module; round 0 is the merge."""
-    state = dict(load_weights(folder / f"round-{number}.safetensors"))
-    module.replace_shared(MergeResult(state), {"rounds": number} if number else {})
+    """The weights and heads after this round into the module; round 0 is the merge."""
+    kept = Folder(folder, {}, {})
+    if number:
+        module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
+    if heads := kept.heads(number):
+        module.replace_heads(heads, {"rounds": number})
+
+
+def put_merge(module: MergeModule, folder: Path) -> None:
+    """As it was before all rounds."""
+    module.replace_shared(MergeResult(Folder(folder, {}, {}).state(0)), {})
+    heads = {
+        name: {parameter: module.tasks[name].weights[parameter] for parameter in head}
+        for name, head in module.own_heads().items()
+    }
+    module.replace_heads(heads, {})
+
+
+def probe(bench: Bench, plan: RefreshPlan) -> Line:
+    """The heads fitted on what all tasks started from: what a merge is worth beside no merge."""
+    module = bench.module(Merge("pretrained"))
+    (done,) = refresh(module, plan, trainer=bench.trainer, logits_fn=logits)
+    scores = evaluate(module, bench.trainer.test)
+    words = f"{seconds_of(done):.0f} s, validation {done.average:.3f}"
+    return Line(Row("trained heads alone, no merge", words, scores), seconds_of(done))
 
 
 def report(

@@ -390,7 +390,7 @@ def test_the_card_says_what_was_done(suite: Suite, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"rounds": 0}, "rounds=0; it must be 1 or more"),
+        ({"rounds": 0}, "rounds=0 and heads=\\(\\): there is nothing to do"),
         ({"rows": 0}, "rows=0"),
         ({"tries": 0}, "tries=0"),
         ({"mix": 1.1}, "mix=1.1; it lies between 0 and 1"),

@@ -1,0 +1,81 @@
+"""What a pass over batches needs of a model: its loss, eval mode, batches on its device."""
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+
+from mats_lightning import huggingface
+from mats_lightning.names import plain_name
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
+    if loss_fn is not None:
+        loss: Any = loss_fn(model, batch)
+    elif isinstance(model, pl.LightningModule):
+        output = model.training_step(batch, index)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+    else:
+        loss = huggingface.output_of(model, batch).loss
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
+            " pass loss_fn=lambda model, batch: ..., and labels in the batch"
+        )
+    check_finite(loss, index)
+    return loss
+
+
+def check_finite(loss: Tensor, index: int) -> None:
+    if not torch.isfinite(loss).all():
+        raise ValueError(
+            f"the loss of batch {index} is {loss.tolist()}, which would spoil all sums: look for"
+            " rows without a label (all -100) or weights that are not finite"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, each module's own mode put back after; what a LightningModule logs is dropped."""
+    modes = {module: module.training for module in model.modules()}
+    loggers = [module for module in modes if isinstance(module, pl.LightningModule)]
+    model.eval()
+    for logger in loggers:
+        logger.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            del logger.log
+        for module, training in modes.items():
+            module.training = training
+
+
+def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """As Lightning does it: named tuples, a tokenizer's BatchEncoding, a module's own hooks."""
+    if not isinstance(model, pl.LightningModule):
+        return move_data_to_device(batch, device)
+    batch = model.on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = model.transfer_batch_to_device(batch, device, dataloader_idx=0)
+    return model.on_after_batch_transfer(batch, dataloader_idx=0)
+
+
+@contextmanager
+def training_alone(module: nn.Module, names: Container[str]) -> Iterator[None]:
+    """Of the parameters that train, those named alone do so within."""
+    others = [
+        p for n, p in module.named_parameters() if p.requires_grad and plain_name(n) not in names
+    ]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)

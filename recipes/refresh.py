@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def chosen(options: Options, label: str) -> MethodOptions:
     known = json.loads(results.read_text(encoding="utf-8"))
     now = as_json(options)
     # results of an earlier version lack what was not there to be set
-    then = {**as_json(Options(options.tasks, options.methods)), **known["options"]}
+    then = {**defaults(), **known["options"]}
     names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
     same = all(then[name] == now[name] for name in names)
     rows = {row["label"]: row for row in known["methods"]}
@@ -193,6 +193,17 @@ def as_json(options: Options) -> dict[str, Any]:
     """As results.json has them."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
     return found
+
+
+def defaults() -> dict[str, Any]:
+    """What options have that are not set, as results.json would have it."""
+    found = {
+        option.name: option.default if option.default is not MISSING else option.default_factory()
+        for option in fields(Options)
+        if (option.default, option.default_factory) != (MISSING, MISSING)
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def folder_of_rounds(

@@ -197,11 +197,12 @@ def as_json(options: Options) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """What options have that are not set, as results.json would have it."""
-    found = {
-        option.name: option.default if option.default is not MISSING else option.default_factory()
-        for option in fields(Options)
-        if (option.default, option.default_factory) != (MISSING, MISSING)
-    }
+    found = {}
+    for option in fields(Options):
+        if option.default_factory is not MISSING:
+            found[option.name] = option.default_factory()
+        elif option.default is not MISSING:
+            found[option.name] = option.default
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

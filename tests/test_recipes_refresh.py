@@ -12,6 +12,7 @@ import refresh
 import refresh_rivals
 import torch
 import train_tasks
+from merge_options import MethodOptions, Options
 from test_recipes import GRID, WORDS, Crash, bert, configuration
 
 from mats_lightning import RefreshPlan
@@ -94,6 +95,15 @@ def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
     assert refresh.chosen(options, KFAC).options == {"iterations": 7}
     again = replace(options, again=True)
     assert refresh.chosen(again, KFAC) == options.methods[KFAC]
+
+
+def test_results_of_image_tasks_are_looked_at(tmp_path: Path) -> None:
+    methods = {KFAC: MethodOptions("mats", grid={"iterations": [1, 2]})}
+    options = Options(["mnist"], methods, modality="image", output_dir=tmp_path)
+    rows = [{"label": KFAC, "settings": {"iterations": 2}}]
+    known = {"options": refresh.as_json(options), "methods": rows}
+    train_tasks.write_json(tmp_path / "results.json", known)
+    assert refresh.chosen(options, KFAC).options == {"iterations": 2}
 
 
 def test_rivals_train_on_the_rows_of_the_refresh(

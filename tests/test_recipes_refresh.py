@@ -99,7 +99,7 @@ def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
 
 def test_results_of_image_tasks_are_looked_at(tmp_path: Path) -> None:
     methods = {KFAC: MethodOptions("mats", grid={"iterations": [1, 2]})}
-    options = Options(["mnist"], methods, modality="image", output_dir=tmp_path)
+    options = Options(["mnist", "digits"], methods, modality="image", output_dir=tmp_path)
     rows = [{"label": KFAC, "settings": {"iterations": 2}}]
     known = {"options": refresh.as_json(options), "methods": rows}
     train_tasks.write_json(tmp_path / "results.json", known)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import Steps
-from merge import quiet_lightning
+from merge import check_methods_fit, quiet_lightning
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
@@ -52,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     except ValueError as error:
         arguments().error(str(error))
     if not asked.report_only:
+        check_methods_fit(seeds[0].options, setting.all_methods)
         chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}
         measure(
             {

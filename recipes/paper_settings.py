@@ -162,6 +162,16 @@ class Setting:
             yield f"ablations: options of {change.label!r}", change.options
 
     @property
+    def all_methods(self) -> dict[str, MethodOptions]:
+        """Those of the methods, of the ablations' baselines and of the intermediate tasks."""
+        found = dict(self.methods)
+        if self.ablations is not None:
+            found |= {f"ablations: {n}": method for n, method in self.ablations.baselines.items()}
+        if self.intermediate is not None:
+            found |= {f"intermediate: {n}": m for n, m in self.intermediate.methods.items()}
+        return found
+
+    @property
     def tables(self) -> list[str]:
         """Those that the file has something of."""
         return [name for name in TABLES if getattr(self, name)]

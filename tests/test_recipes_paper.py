@@ -266,6 +266,20 @@ def test_one_seed_of_two_is_said(tmp_path: Path, bert: Path) -> None:
     assert line.count("1 missing") == len(WORDS) + 2
 
 
+def test_methods_that_cannot_merge_these_models_are_refused_before_training(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_tasks, "fit", None)
+    wrong = {"method": "mats", "options": {"averaged": ["no such name"], "iterations": 1}}
+    path = setting(tmp_path, bert, methods={"wrong": wrong})
+    with pytest.raises(SystemExit, match=r"methods: 'wrong': .*no such name"):
+        run(path)
+    path = setting(tmp_path, bert, ablations={"baselines": {"wrong": wrong}, "changes": []})
+    with pytest.raises(SystemExit, match="methods: 'ablations: wrong'"):
+        run(path)
+    run(path, "--report_only")
+
+
 def test_a_later_seed_needs_what_the_first_one_chose(tmp_path: Path, bert: Path) -> None:
     scales = {"method": "task_arithmetic", "grid": {"scale": [0.1, 0.4]}}
     path = setting(tmp_path, bert, seeds=[3, 1], methods={"task arithmetic": scales})

@@ -254,17 +254,21 @@ def iterations(suites: Sequence[Suite], layers: int, cap: int) -> list[dict[str,
                     start = time.perf_counter()
                     preconditioner = make(operators)
                     set_up.append(time.perf_counter() - start)
-                    solution = conjugate_gradient(
-                        partial(_products, operators),
-                        sum_of_products(operators, weights),
-                        torch.stack(weights).mean(0),
-                        iterations=cap,
-                        tolerance=1e-6,
-                        preconditioner=preconditioner,
-                        residual=partial(_pulls, operators, weights),
-                    )
+                    try:
+                        residuals = conjugate_gradient(
+                            partial(_products, operators),
+                            sum_of_products(operators, weights),
+                            torch.stack(weights).mean(0),
+                            iterations=cap,
+                            tolerance=1e-6,
+                            preconditioner=preconditioner,
+                            residual=partial(_pulls, operators, weights),
+                        ).residuals
+                    except ValueError as error:  # too close to singular for float32
+                        CONSOLE.print(f"{found.name}, {name}, {label}: {error}")
+                        residuals = []
                     for target, reached in counts.items():
-                        within = (i for i, r in enumerate(solution.residuals) if r <= target)
+                        within = (i for i, r in enumerate(residuals) if r <= target)
                         reached.append(next(within, float("inf")))
                 shown = [
                     f"{middle:.0f}" if (middle := statistics.median(c)) <= cap else f"> {cap}"
@@ -273,6 +277,7 @@ def iterations(suites: Sequence[Suite], layers: int, cap: int) -> list[dict[str,
                 seconds = statistics.median(set_up)
                 factors = "normalised" if normalize else "as they are"
                 table.add_row(found.name, str(tasks), factors, label, *shown, f"{seconds:.2f} s")
+                CONSOLE.print(f"{found.name}, {tasks} tasks, {factors}, {label}: {shown}")
                 row = {"suite": found.name, "tasks": tasks, "normalize": normalize, "kind": label}
                 rows.append(row | {"iterations": {str(k): v for k, v in counts.items()}})
     CONSOLE.print(table)

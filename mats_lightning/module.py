@@ -82,6 +82,7 @@ class MergeModule(pl.LightningModule):
         self.tasks = self._joint.tasks
         self.modules_of_tasks = nn.ModuleList(task.module for task in tasks)
         self.scores: dict[str, float] = {}  # task -> primary metric, of the last run
+        self._evaluated = self.tasks  # by a run: all of them, or one as its module is
         self._individual = dict(individual) if individual is not None else None
         self._check_individual()
 
@@ -225,9 +226,18 @@ class MergeModule(pl.LightningModule):
 
     # -- evaluating --------------------------------------------------------------------------
 
+    @contextmanager
+    def only(self, task: str) -> Iterator[None]:
+        """Within, a trainer evaluates this task alone, with what its module has in it now."""
+        self._evaluated = {task: self.tasks[task]}
+        try:
+            yield
+        finally:
+            self._evaluated = self.tasks
+
     @override
     def setup(self, stage: str) -> None:
-        for task in self.tasks.values():
+        for task in self._evaluated.values():
             for hook in NOT_RUN:
                 if is_overridden(hook, task.module):
                     rank_zero_warn(
@@ -239,7 +249,8 @@ class MergeModule(pl.LightningModule):
         # Here, not in on_test_start: tensors made in inference mode could not be trained later.
         bar = self.trainer.progress_bar_callback is not None
         self.merge(self.trainer.strategy.root_device, bar)
-        self._put_in_place()  # another MergeModule of the same tasks may have put its own in
+        if self._evaluated is self.tasks:
+            self._put_in_place()  # another MergeModule of the same tasks may have put its own in
 
     @override
     def test_dataloader(self) -> list[Any]:
@@ -250,7 +261,7 @@ class MergeModule(pl.LightningModule):
         return self._loaders("validate")
 
     def _loaders(self, stage: str) -> list[Any]:
-        return [task.dataloader(stage, self.trainer) for task in self.tasks.values()]
+        return [task.dataloader(stage, self.trainer) for task in self._evaluated.values()]
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -276,13 +287,13 @@ class MergeModule(pl.LightningModule):
 
     def _transfer(self, hook: str, dataloader_idx: int, *arguments: Any) -> Any:
         """As Lightning does it: the data module's hook where it has one, or else the module's."""
-        task = list(self.tasks.values())[dataloader_idx]
+        task = list(self._evaluated.values())[dataloader_idx]
         of_data = isinstance(task.data, pl.LightningDataModule) and is_overridden(hook, task.data)
         with self._speaking_for(task):
             return getattr(task.data if of_data else task.module, hook)(*arguments, 0)
 
     def _step(self, hook: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        task = list(self.tasks.values())[dataloader_idx]
+        task = list(self._evaluated.values())[dataloader_idx]
         with self._speaking_for(task):
             getattr(task.module, hook)(batch, batch_idx)
 
@@ -305,7 +316,7 @@ class MergeModule(pl.LightningModule):
         self._log_scores()
 
     def _each(self, hook: str) -> None:
-        for task in self.tasks.values():
+        for task in self._evaluated.values():
             with self._speaking_for(task):
                 getattr(task.module, hook)()
 
@@ -328,7 +339,7 @@ class MergeModule(pl.LightningModule):
     def _log_scores(self) -> None:
         logged = self.trainer.callback_metrics
         scores = {}
-        for name, task in self.tasks.items():
+        for name, task in self._evaluated.items():
             key = f"{name}/{task.metric}"
             if key not in logged:
                 theirs = [k.removeprefix(f"{name}/") for k in logged if k.startswith(f"{name}/")]

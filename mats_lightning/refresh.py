@@ -115,6 +115,12 @@ class _Refresh:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
         self.device = trainer.strategy.root_device
+        self.quiet = _quiet_trainer(  # tries heads; no logger or callback hears of each
+            accelerator=self.device.type,
+            devices=1 if self.device.index is None else [self.device.index],
+            precision=trainer.precision,
+            limit_val_batches=trainer.limit_val_batches,
+        )
         self.state: State = {}  # the merged parameters, after the rounds that are done
         self.heads: dict[str, State] = {}  # that were fitted to them
         for task in module.tasks.values():
@@ -257,18 +263,10 @@ class _Refresh:
 
     def _score(self, task: Task) -> float:
         """Of the task's module as it is now, on validation rows."""
-        if isinstance(task.data, pl.LightningDataModule):
-            self.trainer.validate(task.module, datamodule=task.data, verbose=False)
-        else:
-            self.trainer.validate(task.module, task.data, verbose=False)
-        metrics = self.trainer.callback_metrics
+        with self.module.only(task.name):
+            self.quiet.validate(self.module, verbose=False)
         task.module.to(self.device)  # the trainer leaves it on the CPU
-        if task.metric not in metrics:
-            raise ValueError(
-                f"task '{task.name}' did not log its primary metric '{task.metric}'; it logged"
-                f" {', '.join(metrics) or 'nothing'}; say which in Task(metric=...)"
-            )
-        return float(metrics[task.metric])
+        return self.module.scores[task.name]
 
     def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
         """The task's own model, and the loss that it gives."""
@@ -368,9 +366,9 @@ def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: f
     }
 
 
-def _quiet_trainer() -> pl.Trainer:
+def _quiet_trainer(**options: Any) -> pl.Trainer:
     return pl.Trainer(
-        devices=1,
+        **{"devices": 1, **options},
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

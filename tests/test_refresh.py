@@ -60,6 +60,7 @@ def merged(suite: Suite, *names: str, **options: Any) -> MergeModule:
 def refreshed(module: MergeModule, **options: Any) -> list[Round]:
     known = ("folder", "logits_fn", "loaders")
     given = {name: options.pop(name) for name in known if name in options}
+    options.setdefault("heads", ())  # tests of their own: test_refresh_heads.py
     return refresh(module, RefreshPlan(**options), trainer=make_trainer(), progress=False, **given)
 
 

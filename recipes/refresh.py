@@ -228,7 +228,7 @@ def tested(module: MergeModule, rounds: Sequence[Round], folder: Path, bench: Be
     lines, seconds = [], 0.0
     for done in rounds:
         seconds += seconds_of(done)
-        if not done.taken and not done.heads:
+        if not (done.taken or (done.number == 0 and done.heads)):
             continue
         put(module, folder, done.number)
         scores = evaluate(module, bench.trainer.test)

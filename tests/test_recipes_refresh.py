@@ -71,6 +71,38 @@ def test_a_refresh_of_what_merge_has_chosen(
         refresh.main(arguments(tmp_path, bert, "--again"))
 
 
+def test_heads_and_a_round_that_is_taken_back(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins: list[dict[str, torch.Tensor]] = []
+    begin = refresh_rivals.TimedClassifier.on_train_start
+
+    def noted(module: Any) -> None:
+        for one in module.classifiers.values():
+            begins.append({name: value.clone() for name, value in one.state_dict().items()})
+        begin(module)
+
+    monkeypatch.setattr(refresh_rivals.TimedClassifier, "on_train_start", noted)
+    more = ["--plan.heads=[1, 20]", "--plan.step=1e6", "--plan.tries=1", "--rivals"]
+    lines = refresh.main(arguments(tmp_path, bert, *more))
+    results = json.loads((tmp_path / "out/refresh/results.json").read_text())
+    heads, step = results["rounds"]
+    assert step["step"] == 0.0 and list(step["tried"]) == ["1000000.0"]
+    names = [line.row.method for line in lines]
+    assert names[2:4] == ["heads alone", "trained heads alone, no merge"] and len(names) == 6
+    spent = [
+        sum(done["seconds"].values()) - done["seconds"]["validation"] for done in (heads, step)
+    ]
+    assert lines[2].seconds == pytest.approx(spent[0])
+    assert set(heads["heads"]) == {"kind"}  # the others share a head, which is merged
+    # the rival begins at the merge, under the heads that the tasks were trained with
+    (folder,) = (tmp_path / "out/refresh").glob("rounds-*")
+    assert load_weights(folder / "heads-0.safetensors")
+    state = dict(zip(WORDS, begins, strict=True))["kind"]
+    (file,) = (tmp_path / "out/tasks").glob("kind-*/kind.ckpt")
+    assert torch.equal(state["head.weight"], load_weights(file)["head.weight"])
+
+
 def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
     tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def merge_card(card: MergeCard, title: str, library: str, program: str) -> Model
         "parameters": {name: _plain(value, name) for name, value in card.options.items()},
     }
     origin = f", fine-tuned from {start}" if start else ""
-    rows = ", and refreshed with statistics of their rows at the merged weights"
+    rows = ", and refreshed with some rows of theirs at the merged weights"
     return ModelCard(
         f"""---
 {metadata.to_yaml()}

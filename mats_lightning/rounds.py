@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
 from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import check_range
@@ -26,8 +27,8 @@ class RefreshPlan:
     """What a refresh does; all of it is kept in its folder, and most on the model card.
 
     Arguments:
-        rounds: at most; a round that cannot be kept is the last one. A folder may hold more: they
-            stay there. 0 is for heads alone.
+        rounds: steps of the shared parameters, at most; one that cannot be kept is the last. A
+            folder may hold more: they stay there. 0 is for heads alone.
         heads: iterations to choose from, a task at a time on its validation rows, when its own head
             is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
             is tried. () leaves heads as they are.
@@ -47,8 +48,8 @@ class RefreshPlan:
     Raises ValueError for values out of range.
     """
 
-    rounds: int = 1
-    heads: tuple[int, ...] = ()
+    rounds: int = 0
+    heads: tuple[int, ...] = ITERATIONS
     rows: int = 500
     mix: float = 0.0
     step: float = 1.0

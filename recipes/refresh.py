@@ -1,11 +1,11 @@
-"""Merge, then refresh: statistics taken again at the merged weights, and a step from there.
+"""Merge, then refresh: each task's head fitted to the merged weights, and steps from there.
 
     python recipes/refresh.py                                    # seven text tasks, MiniLM
     python recipes/refresh.py --fast                             # the same on smaller slices
     python recipes/refresh.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
-    python recipes/refresh.py --plan.rounds 3 --plan.rows 200    # any field of RefreshPlan
-    python recipes/refresh.py --plan.rounds 0 --plan.heads "[5, 20]" # each task's head alone
-    python recipes/refresh.py --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
+    python recipes/refresh.py --plan.rows 200                    # any field of RefreshPlan
+    python recipes/refresh.py --plan.rounds 3 --plan.heads "[]"  # steps of the encoder alone
+    python recipes/refresh.py --plan.rounds 1 --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
     python recipes/refresh.py --rivals                           # and what training would reach
 
 It takes the options of merge.py, and its fine-tunes where they are there. The merge is the row of

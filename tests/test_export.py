@@ -182,7 +182,7 @@ def test_card_says_that_a_refresh_needed_rows(tmp_path: Path, model: BertModel) 
     refreshed = replace(CARD, refreshed=True)
     folder = export_huggingface(tmp_path / "merged", model, None, {}, refreshed)
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "their data, and refreshed with statistics of their rows at the merged weights." in text
+    assert "their data, and refreshed with some rows of theirs at the merged weights." in text
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "statistics",
         "tasks",
     },
-    "rounds": {"checkpoints", "measuring", "merging", "sampled", "sidecar"},
+    "rounds": {"checkpoints", "heads", "measuring", "merging", "sampled", "sidecar"},
     "refresh": {
         "distillation",
         "heads",

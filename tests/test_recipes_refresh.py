@@ -33,7 +33,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(tmp_path: Path, bert: Path, *more: str) -> list[str]:
     given = configuration(tmp_path, bert, methods=METHODS)
-    return [*given, "--method", KFAC, "--plan.rows=40", "--plan.rounds", "2", *more]
+    return [
+        *given,
+        "--method",
+        KFAC,
+        "--plan.rows=40",
+        "--plan.rounds",
+        "2",
+        "--plan.heads=[]",
+        *more,
+    ]
 
 
 def test_a_refresh_of_what_merge_has_chosen(
@@ -188,7 +197,7 @@ def test_rivals_train_on_the_rows_of_the_refresh(
 def test_arguments_of_both_kinds(tmp_path: Path, bert: Path) -> None:
     given = arguments(tmp_path, bert, "--seed", "3", "--plan.kept", "[embeddings]", "--rivals")
     own, options = refresh.parse(given)
-    assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",))
+    assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",), heads=())
     assert (own.method, own.rivals, options.seed) == (KFAC, True, 3)
     ours, theirs = refresh.split(["--seed=1", "--plan.mix=1", "--rivals", "--tasks", "[a, b]"])
     assert (ours, theirs) == (["--plan.mix=1", "--rivals"], ["--seed=1", "--tasks", "[a, b]"])

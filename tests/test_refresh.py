@@ -60,7 +60,8 @@ def merged(suite: Suite, *names: str, **options: Any) -> MergeModule:
 def refreshed(module: MergeModule, **options: Any) -> list[Round]:
     known = ("folder", "logits_fn", "loaders")
     given = {name: options.pop(name) for name in known if name in options}
-    options.setdefault("heads", ())  # tests of their own: test_refresh_heads.py
+    defaults: dict[str, Any] = {"heads": (), "rounds": 1}  # heads: test_refresh_heads.py
+    options = defaults | options
     return refresh(module, RefreshPlan(**options), trainer=make_trainer(), progress=False, **given)
 
 
@@ -391,7 +392,7 @@ def test_the_card_says_what_was_done(suite: Suite, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"rounds": 0}, "rounds=0 and heads=\\(\\): there is nothing to do"),
+        ({"rounds": 0, "heads": ()}, "rounds=0 and heads=\\(\\): there is nothing to do"),
         ({"rows": 0}, "rows=0"),
         ({"tries": 0}, "tries=0"),
         ({"mix": 1.1}, "mix=1.1; it lies between 0 and 1"),

@@ -63,40 +63,43 @@ def conjugate_gradient(
     x = x0.clone()
     r = exact(x)
     norm_b = _norm(b) or 1.0
-    residuals = [_norm(r) / norm_b]
+    rr = _dot(r, r)
+    residuals = [math.sqrt(rr) / norm_b]
     kept = {0: x.clone()} if 0 in keep else {}
     z = preconditioner(r) if preconditioner else r
     p = z.clone()
-    rz = _dot(r, z)
+    rz = _dot(r, z) if preconditioner else rr
     eps = torch.finfo(b.dtype).eps
     largest = _norm(b - r) / (_norm(x) or 1.0)  # a lower bound of |C|
     done, at_edge = 0, False
     while done < iterations and residuals[-1] > tolerance and rz > 0:
         cp = matvec(p)
-        curvature, norm_p = _dot(p, cp), _norm(p)
-        largest = max(largest, _norm(cp) / (norm_p or 1.0))
-        if curvature <= eps * largest * norm_p**2:
+        curvature, pp = _dot(p, cp), _dot(p, p)
+        largest = max(largest, curvature / (pp or 1.0))
+        if curvature <= eps * largest * pp:
             break  # rounding is all that is left along p
         alpha = rz / curvature
         if radius < math.inf:
             moved = x - x0
-            to_edge = _to_edge(_dot(moved, moved), _dot(moved, p), norm_p**2, radius)
+            to_edge = _to_edge(_dot(moved, moved), _dot(moved, p), pp, radius)
             at_edge = to_edge < alpha
             alpha = min(alpha, to_edge)
         x.add_(p, alpha=alpha)
         r.sub_(cp, alpha=alpha)
+        rr = _dot(r, r)
         done += 1
-        residuals.append(_norm(r) / norm_b)
+        residuals.append(math.sqrt(rr) / norm_b)
         seems_done = residuals[-1] <= tolerance
         if seems_done:
             r = exact(x)
-            residuals[-1] = _norm(r) / norm_b
+            rr = _dot(r, r)
+            residuals[-1] = math.sqrt(rr) / norm_b
         if done in keep:
             kept[done] = x.clone()
         if at_edge:
             break
         z = preconditioner(r) if preconditioner else r
-        rz, before = _dot(r, z), rz
+        rz, before = _dot(r, z) if preconditioner else rr, rz
         torch.add(z, p, alpha=0.0 if seems_done else rz / before, out=p)  # 0: from here on anew
     if not all(map(math.isfinite, [*residuals, rz])):
         raise ValueError(

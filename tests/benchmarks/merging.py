@@ -188,6 +188,7 @@ def iteration(suites: Sequence[Suite], rounds: int) -> list[dict[str, Any]]:
             speed = products * gflop / statistics.median(seconds["bare"])
             ours = ratios(seconds["ours"], seconds["bare"])
             scipys = ratios(seconds["scipy"], seconds["bare"])
+            CONSOLE.print(f"{label}, {d_out} x {d_in}, {tasks} tasks: ours {spread(ours, 2)}")
             table.add_row(
                 label,
                 f"{d_out} x {d_in}",

@@ -67,7 +67,8 @@ def fit_head(
         others: modules that `loss_fn` runs as well, a teacher, say.
 
     Raises ValueError for names that are no parameters of the module, no batches, iterations below
-    1, a loss without gradient or that is not finite, and scores of batches in a changing order.
+    1, a loss without gradient or that is not finite, and scores of batches in a changing order; the
+    head is then as it was.
     """
     counts = sorted({*iterations})
     if not counts or counts[0] < 1:
@@ -78,6 +79,7 @@ def fit_head(
         raise ValueError(f"{missing[0]}: no parameter of {type(module).__name__} to fit as a head")
     frozen = {p: p.requires_grad for p in parameters.values()}
     gradients = {p: p.grad for p in parameters.values()}
+    start = _copy(parameters)
     replay = Replay([module, *others], parameters.values())
     try:
         for parameter in parameters.values():
@@ -89,6 +91,9 @@ def fit_head(
         else:
             scores = _scores(parameters, states, score, replay)
             best = max(scores, key=lambda count: (scores[count], -count))
+    except BaseException:
+        _put(parameters, start)
+        raise
     finally:
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)

@@ -1,12 +1,13 @@
-"""Refresh: statistics taken again at the merged weights, and a step from there; some rounds of it.
+"""Refresh: each task's head fitted to the merged weights, and rounds of steps from there.
 
-    merged weights -> each task's statistics at them -> merging.refresh_step -> merged weights
-                   -> each task's own head, fitted to what they give it
+    merged weights -> each task's own head, fitted to what they give it
+                   -> each task's statistics at them -> merging.refresh_step -> merged weights
 
-Where tasks lie far apart, curvature at each task's own weights is what limits a merge. A refresh
-needs some hundred rows a task, of which labels are needed for the empirical Fisher and for the
-gradient, unless a task's own model stands in for them (labels="teacher"). `measuring` has the two
-halves of a round for parties that do not share their rows.
+Where tasks lie far apart, heads that do not fit the merged weights, and curvature that was taken at
+each task's own, are what limits a merge. A refresh needs some hundred rows a task, of which labels
+are needed for heads, the empirical Fisher and the gradient, unless a task's own model stands in for
+them (labels="teacher"). `measuring` has the two halves of a round for parties that do not share
+their rows.
 """
 
 import copy
@@ -23,6 +24,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -32,6 +34,7 @@ from mats_lightning.measuring import statistics_at
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule, load_state
+from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn
 from mats_lightning.rounds import Folder, RefreshPlan, Round
 from mats_lightning.sampled import LogitsFn, choose_fisher
@@ -167,6 +170,8 @@ class _Refresh:
             fitted, seconds["heads"] = self._fit_heads([])
             seconds["validation"] += self._validate()
             self.heads = {name: self.module.own_heads()[name] for name in fitted}
+            after = sum(self.module.scores.values()) / len(self.module.scores)
+            rank_zero_info(f"refresh, heads: {tried['0']:.4f} -> {after:.4f} on validation")
         return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted)
 
     def _round(self, number: int, before: list[Round]) -> Round:
@@ -242,7 +247,8 @@ class _Refresh:
         """Each task's own head to the weights in place: task -> iterations; the seconds."""
         started = time.perf_counter()
         fitted, heads = {}, {}
-        for name, head in self.module.own_heads().items():
+        own = self.module.own_heads()
+        for name in track(own, "fitting heads", disable=not self.progress, transient=True):
             task = self.module.tasks[name]
             loss_fn, teacher = (
                 self._teacher(task) if self.plan.labels == "teacher" else (None, None)
@@ -251,13 +257,17 @@ class _Refresh:
                 found = fit_head(
                     task.module,
                     self._batches(task),
-                    head,
+                    [
+                        n
+                        for n in map(plain_name, dict(task.module.named_parameters()))
+                        if n in own[name]
+                    ],
                     iterations=self.plan.heads,
                     loss_fn=loss_fn,
                     score=partial(self._score, task),
                     others=[] if teacher is None else [teacher],
                 )
-            fitted[name], heads[name] = found.iterations, found.state
+            fitted[name], heads[name] = found.iterations, own[name] | found.state  # and buffers
         self.module.replace_heads(heads, self._how(rounds))
         return fitted, time.perf_counter() - started
 

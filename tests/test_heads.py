@@ -195,6 +195,15 @@ def test_what_cannot_be_fitted_is_refused(model: Model) -> None:
     with pytest.raises(ValueError, match="loss of batch 0 is nan"):
         fit_head(model, bad, HEAD)
     assert torch.equal(model.head.weight, start) and model.head.weight.grad is None
+
+    def growing(model: nn.Module, batch: Batch) -> Tensor:  # nan once the head has moved
+        moved = (model.head.weight - start).abs().sum()  # type: ignore[union-attr, operator]
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss if moved == 0 else loss * float("nan")
+
+    with pytest.raises(ValueError, match="loss of batch 0 is nan"):
+        fit_head(model, rows, HEAD, loss_fn=growing)
+    assert torch.equal(model.head.weight, start)
     shuffled: Iterator[list[Batch]] = iter([batches(8, 8), batches(8, 8)[::-1]])
 
     def score() -> float:

@@ -91,6 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "measuring",
         "merging",
         "module",
+        "names",
         "passes",
         "rounds",
         "sampled",

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mats_lightning import MergeModule, RefreshPlan, refresh
+from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.heads import HeadFit, fit_head
 from mats_lightning.refresh import _Refresh
 
@@ -217,6 +219,20 @@ def test_heads_are_fitted_to_the_pretrained_model_too(suite: Suite) -> None:
     assert_same({n: module.state_of("log")[n] for n in SHARED}, suite.pretrained)
     with pytest.raises(ValueError, match="'pretrained' merges nothing"):
         refreshed(module, rounds=1, heads=COUNTS)
+
+
+def test_buffers_of_a_head_stay(suite: Suite, tmp_path: Path) -> None:
+    tasks = []
+    for name in ("log", "dict"):
+        task = suite.task(name, data=TrainingData(name))
+        task.module.load_state_dict(load_weights(suite.checkpoint(name)))
+        task.module.head.register_buffer("seen", torch.tensor([7.0]))  # type: ignore[union-attr]
+        save_weights(task.module.state_dict(), tmp_path / f"{name}.safetensors")
+        tasks.append(replace(task, checkpoint=tmp_path / f"{name}.safetensors"))
+    module = MergeModule(tasks, "average")
+    (done,) = refreshed(module, rounds=0, heads=COUNTS)
+    assert any(done.heads.values())
+    assert all(module.state_of(name)["head.seen"] == 7 for name in done.heads)
 
 
 def test_the_trainers_loggers_hear_of_no_candidate(suite: Suite, tmp_path: Path) -> None:

@@ -133,7 +133,10 @@ class _Refresh:
         if plan.rounds:
             self._put([])  # says so where nothing is merged
         if plan.heads and not module.own_heads():
-            raise ValueError(f"heads={plan.heads}: no task has a head of its own to fit")
+            raise ValueError(
+                f"heads={plan.heads}: no task has a head of its own to fit; for steps of what is"
+                " merged alone pass heads=(), rounds=1"
+            )
         names_with(plan.kept, list(self.state), "kept")
         self.folder = Folder(Path(folder), asdict(plan), self.state)
 

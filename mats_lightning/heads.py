@@ -19,7 +19,7 @@ from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn, evaluating, loss_of, to_device, training_alone
 from mats_lightning.replay import Replay, Tape
 
-ITERATIONS = (1, 2, 5, 10, 20, 50)
+ITERATIONS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,7 @@ class MergeModule(pl.LightningModule):
         """Put other values of `own_heads` in place, of the tasks that are named.
 
         They are those of all states then, whatever the iterations; `how` is as in
-        `replace_shared`. Raises ValueError for other
-        tasks, names or shapes.
+        `replace_shared`. Raises ValueError for other tasks, names or shapes.
         """
         self.merge()
         self._joint.replace_heads(heads, how)

@@ -75,7 +75,9 @@ def conjugate_gradient(
     while done < iterations and residuals[-1] > tolerance and rz > 0:
         cp = matvec(p)
         curvature, pp = _dot(p, cp), _dot(p, p)
-        largest = max(largest, curvature / (pp or 1.0))
+        # |C p| / |p| is a sharper bound, and needed once: a start at 0 gives none
+        sharp = curvature / (pp or 1.0) if done else _norm(cp) / (math.sqrt(pp) or 1.0)
+        largest = max(largest, sharp)
         if curvature <= eps * largest * pp:
             break  # rounding is all that is left along p
         alpha = rz / curvature

@@ -19,6 +19,7 @@ from test_refresh import (
     differ,
     logits_of,
     merged,
+    pytestmark,
     refreshed,
     taking,
 )
@@ -30,15 +31,7 @@ from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.heads import HeadFit, fit_head
 from mats_lightning.refresh import _Refresh
 
-__all__ = ["suite"]  # a fixture
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:.*across ranks is zero"),
-]
+__all__ = ["pytestmark", "suite"]  # what a test module has: the warnings, a fixture
 
 REFRESH = sys.modules["mats_lightning.refresh"]  # the function has the module's name
 COUNTS = (1, 5, 20)

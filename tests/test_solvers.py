@@ -434,3 +434,17 @@ def test_two_kronecker_inverse_refuses_a_singular_sum_of_definite_sums() -> None
     with pytest.raises(ValueError, match=r"Kronecker products with damping 0\.0e\+00 is not posi"):
         two_kronecker_inverse(pair, pair, 0.0)
     assert bool(two_kronecker_inverse(pair, pair, 1e-8)(r).isfinite().all())
+
+
+def test_from_zero_the_first_direction_is_checked_too() -> None:
+    """The preconditioner leads into the null space, where a step would be of any length."""
+    c = torch.diag(torch.tensor([1.0, 0.0]))
+    inverse = torch.tensor([[1e-9, 1.0], [1.0, 2e9]])  # positive definite
+    with pytest.raises(ValueError, match="amplifies rounding"):
+        conjugate_gradient(
+            lambda x: c @ x,
+            torch.tensor([1.0, 0.0]),
+            torch.zeros(2),
+            iterations=5,
+            preconditioner=lambda r: inverse @ r,
+        )

@@ -23,7 +23,9 @@ from merge import check_methods_fit, quiet_lightning
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
-from paper_report import tables_in, write_long
+from paper_long import write_long
+from paper_refresh import RefreshTable
+from paper_report import tables_in
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
 from paper_tables import AblationTable, MethodTable, Record, StartTable, Table
@@ -90,8 +92,11 @@ def tables_of(setting: Setting, seed: Seed, first_seed: Seed) -> dict[str, Table
     """Those of a seed: all for the setting's first one, for others those that are over seeds."""
     found: dict[str, Table] = {}
     first = seed is first_seed
+    chosen_by = None if first else first_seed
     if setting.methods:
-        found["methods"] = MethodTable(setting, seed, None if first else first_seed)
+        found["methods"] = MethodTable(setting, seed, chosen_by)
+    if setting.refresh is not None:
+        found["refresh"] = RefreshTable(setting, setting.refresh, seed, chosen_by)
     if setting.starts is not None and first:
         found["starts"] = StartTable(setting, setting.starts, seed)
     if setting.ablations is not None and first:

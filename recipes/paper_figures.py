@@ -30,6 +30,7 @@ def write_figures(
         "iterations": lambda: by_iterations(records),
         "cost": lambda: by_cost(records),
         "tasks": lambda: by_task(records, tasks),
+        "refresh": lambda: by_seconds(records),
     }
     written = []
     for kind, make in draw.items():
@@ -123,6 +124,50 @@ def by_cost(records: Sequence[Record]) -> Figure | None:
     axes.set_ylabel("average on test rows")
     tidy(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def by_seconds(records: Sequence[Record]) -> Figure | None:
+    """Test average against the seconds of a refresh or a training, means over the seeds.
+
+    A line through the rounds of a plan, a cross where there are none.
+    """
+    points: dict[tuple[str, str], dict[int, list[Cell]]] = {}
+    for record in records:
+        refreshed = record.table == "refresh" and record.split == "test"
+        if refreshed and record.cell is not None:
+            plan = "" if record.is_training else record.settings
+            own = points.setdefault((record.label, plan), {})
+            own.setdefault(record.iterations, []).append(record.cell)
+    if not points:
+        return None
+    found = averages_of(records)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots()
+    for number, ((label, plan), rounds) in enumerate(points.items()):
+        curve = [
+            (max(mean(c.merge_seconds for c in cells), 1.0), mean(c.average for c in cells))
+            for _, cells in sorted(rounds.items())
+        ]
+        axes.plot(
+            *zip(*curve, strict=True),
+            marker="o" if len(curve) > 1 else MARKERS[number // 10 % len(MARKERS)],
+            markersize=4 if len(curve) > 1 else 7,
+            color=colormaps["nipy_spectral"](0.05 + 0.9 * number / len(points)),
+            label=", ".join(filter(None, (label, plan))),
+        )
+    if "multitask" in found:
+        cells = found["multitask"]
+        seconds, average = mean(c.merge_seconds for c in cells), mean(c.average for c in cells)
+        axes.plot([seconds], [average], "*", markersize=12, color="black", label="multitask")
+    if "individual" in found:
+        average = mean(cell.average for cell in found["individual"])
+        axes.axhline(average, color="black", linestyle="--", linewidth=1, label="individual")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of the refresh, or of training; the merge is not counted")
+    axes.set_ylabel("average on test rows")
+    tidy(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 

@@ -1,93 +1,23 @@
-"""The results of a setting from its records: long CSV, and tables in Markdown.
+"""The results of a setting from its records, as tables in Markdown.
 
 What has not been measured stands there as "missing". A score of several seeds is their mean, with
 the lowest and the highest of them behind it.
 """
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from bench import Cell
+from paper_long import MISSING, relative
 from paper_tables import Record, merge_seconds
 
 from mats_lightning.joint import REFERENCES
-from mats_lightning.sidecar import write_atomically
 
-__all__ = ["MISSING", "tables_in", "write_long"]
-
-MISSING = "missing"
-FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
-MEASURED = (
-    "average",
-    "relative",
-    "merge_seconds",
-    "merge_iterations",
-    "evaluation_seconds",
-    "residual",
-    "flops",
-    "seconds",
-)
+__all__ = ["tables_in"]
 
 
-# -- the long table ------------------------------------------------------------------------------
-
-
-def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> None:
-    """A line a cell: which it is, whether it is "measured" or "missing", the scores, the seconds.
-
-    `relative` is the mean over tasks of the score over that of the individual models, of the same
-    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`. `seconds` are
-    of what the table of the cost counts.
-    """
-    individual = {
-        record.seed: record.cell
-        for record in records
-        if record.table == "methods" and record.label == "individual"
-    }
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}
-        row["status"] = MISSING if record.cell is None else "measured"
-        if record.cell is not None:
-            row |= measured(record, individual.get(record.seed))
-        rows.append(row)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
-
-
-def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
-    cell = record.cell
-    assert cell is not None
-    row: dict[str, Any] = {**cell.scores, "residual": cell.residual, "flops": cell.flops}
-    if cell.scores:
-        row["average"] = cell.average
-    row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
-    if cell.merge_seconds:
-        row["merge_seconds"] = cell.merge_seconds
-    if cell.merge_iterations:
-        row["merge_iterations"] = cell.merge_iterations
-    if individual is not None and record.split == "test" and record.table == "methods":
-        row["relative"] = relative(cell, individual)
-    return row
-
-
-def relative(cell: Cell, individual: Cell) -> float:
-    """Mean over tasks of score / individual score."""
-    return mean(cell.scores[name] / score for name, score in individual.scores.items())
-
-
-# -- tables --------------------------------------------------------------------------------------
+METHODS_ON_TEST = ("methods", "test")
 
 
 @dataclass(frozen=True)
@@ -167,6 +97,80 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
 
 def score_on(task: str) -> Callable[[Cell, int], float | None]:
     return lambda cell, seed: cell.scores[task]
+
+
+def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+    """Test scores after the last round, over the seeds; and each round, on validation rows."""
+    found = [record for record in records if record.table == "refresh"]
+    if not found:
+        return []
+    seeds = sorted({record.seed for record in found})
+    before = {(r.seed, r.label): r.cell for r in records if (r.table, r.split) == METHODS_ON_TEST}
+    validated = {
+        (r.seed, r.label, r.settings, r.iterations): r.cell for r in found if r.split != "test"
+    }
+    last: dict[tuple[str, str], dict[int, Record]] = {}  # the rounds follow one another
+    for record in found:
+        if record.split == "test":
+            plan = "" if record.is_training else record.settings
+            last.setdefault((record.label, plan), {})[record.seed] = record
+
+    def of(value: Callable[..., float], cells: Iterable[Cell | None]) -> str:
+        return spread([None if cell is None else value(cell) for cell in cells])
+
+    header = ["merge", "refresh", "rounds", "before", *tasks, "average", "relative"]
+    lines = [[*header, "validation", "seconds"]]
+    for (label, plan), own in last.items():
+        cells = [record.cell for record in own.values()]
+        to_individual = [
+            None if cell is None or whole is None else relative(cell, whole)
+            for cell, whole in zip(cells, (before[s, "individual"] for s in own), strict=True)
+        ]
+        on_validation = [
+            validated.get((r.seed, r.label, r.settings, r.iterations)) for r in own.values()
+        ]
+        words = plan or ", ".join(dict.fromkeys(record.settings for record in own.values()))
+        rounds = str(max(record.iterations for record in own.values())) if plan else ""
+        earlier = of(lambda cell: cell.average, (before[s, label] for s in own)) if plan else ""
+        lines.append(
+            [
+                *(label, words, rounds, earlier),
+                *(of(lambda cell, task=task: cell.scores[task], cells) for task in tasks),
+                of(lambda cell: cell.average, cells),
+                spread(to_individual),
+                of(lambda cell: cell.average, on_validation),
+                of(lambda cell: cell.merge_seconds, cells),
+            ]
+        )
+    text = (
+        "Test rows, after the last round; before: the merge's average. Rounds that make validation "
+        "worse are taken back. The seconds are of the refresh or the training, without merging, "
+        f"validation and tests; seeds {', '.join(map(str, seeds))}: mean (lowest to highest), of "
+        f"some lines seed {seeds[0]} alone."
+    )
+    return [Table("Refresh", text, lines), *round_tables(found)]
+
+
+def round_tables(found: Sequence[Record]) -> list[Table]:
+    """The plans with rounds."""
+    rounds = max(record.iterations for record in found)
+    if not rounds:
+        return []
+    cells = {
+        (r.label, r.settings, r.iterations, r.seed): r.cell for r in found if r.split != "test"
+    }
+    seeds = sorted({record.seed for record in found})
+    lines = [["merge", "refresh", *(f"round {number}" for number in range(rounds + 1))]]
+    for label, plan in dict.fromkeys((r.label, r.settings) for r in found if r.iterations):
+        line = [label, plan]
+        for number in range(rounds + 1):
+            points = [cells[p] for s in seeds if (p := (label, plan, number, s)) in cells]
+            line.append(
+                spread([None if c is None else c.average for c in points]) if points else ""
+            )
+        lines.append(line)
+    text = "Average on validation rows. A round that was taken back leaves it as it was."
+    return [Table("Refresh, by round", text, lines)]
 
 
 def start_tables(records: Sequence[Record]) -> list[Table]:
@@ -255,5 +259,6 @@ def transfer_tables(records: Sequence[Record]) -> list[Table]:
 def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
     """All tables that there are records of."""
     tables = method_tables(records, tasks) if any(r.table == "methods" for r in records) else []
+    tables += refresh_tables(records, tasks)
     tables += [*start_tables(records), *ablation_tables(records), *cost_tables(records)]
     return [*tables, *transfer_tables(records)]

@@ -9,6 +9,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from merge_options import MethodOptions, check_methods
 
+from mats_lightning import RefreshPlan
+from mats_lightning.joint import REFERENCES
+
 __all__ = [
     "FOLDER",
     "TABLES",
@@ -16,6 +19,7 @@ __all__ = [
     "Change",
     "Cost",
     "Intermediate",
+    "Refresh",
     "Setting",
     "Solver",
     "Starts",
@@ -23,7 +27,29 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).with_name("paper")
-TABLES = ("methods", "starts", "ablations", "cost", "intermediate")
+TABLES = ("methods", "refresh", "starts", "ablations", "cost", "intermediate")
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Merges refreshed, tested after each round; and what training reaches on the same rows.
+
+    Args:
+        plans: fields of RefreshPlan, by a label; the first one is that of all `methods`, and of the
+            rivals.
+        merge: the row of `methods` that all plans refresh, with the settings chosen for it.
+        methods: rows of `methods` that the first plan refreshes as well.
+        first_seed: more plans, for the first seed alone.
+        learning_rates: of the rivals (all tasks trained together on the plan's rows, and from the
+            merge for the seconds of its refresh), chosen on validation rows of the first seed; none
+            are trained without.
+    """
+
+    plans: dict[str, RefreshPlan]
+    merge: str
+    methods: list[str] = field(default_factory=list)
+    first_seed: dict[str, RefreshPlan] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,10 +141,11 @@ class Setting:
 
     Args:
         options: those of merge.py, over merge.yaml; `methods` and `seed` are said here instead.
-        seeds: of the methods and of `intermediate`; all else is on the first of them, the choice of
-            the methods' options as well.
+        seeds: of the methods, refreshes and intermediate tasks; all else is on the first of them,
+            the choice of the methods' options as well.
         methods: rows of the table of methods, by their label.
         multitask: whether multitask training is among them.
+        refresh: the table of refreshes, if the setting has one, over the seeds.
         starts: the table of starts, if the setting has one.
         ablations: that of the ablations.
         cost: that of the cost.
@@ -129,6 +156,7 @@ class Setting:
     seeds: list[int]
     methods: dict[str, MethodOptions] = field(default_factory=dict)
     multitask: bool = False
+    refresh: Refresh | None = None
     starts: Starts | None = None
     ablations: Ablations | None = None
     cost: Cost | None = None
@@ -142,6 +170,8 @@ class Setting:
         for where, options in self._options_of_mats():
             if "iterations" in options:
                 raise ValueError(f"{where}: say iterations with its solver or baseline, not here")
+        if self.refresh is not None:
+            self._check_refresh(self.refresh)
         if self.starts is not None and (odd := sorted({*self.starts.labels} - {*self.methods})):
             raise ValueError(f"starts: {odd[0]!r} is none of {', '.join(self.methods)}")
         if self.ablations is not None:
@@ -151,6 +181,26 @@ class Setting:
                     raise ValueError(f"ablations: the baseline {label!r} is one point, not a grid")
             if odd := sorted({c.baseline for c in self.ablations.changes} - {*known}):
                 raise ValueError(f"ablations: {odd[0]!r} is none of {', '.join(known)}")
+
+    def _check_refresh(self, refresh: Refresh) -> None:
+        if not refresh.plans:
+            raise ValueError("refresh: plans has none")
+        for label in (refresh.merge, *refresh.methods):
+            if label not in self.methods:
+                raise ValueError(f"refresh: {label!r} is none of {', '.join(self.methods)}")
+        plan = next(iter(refresh.plans.values()))
+        for label in refresh.methods if plan.rounds else ():
+            if self.methods[label].method in REFERENCES:
+                raise ValueError(
+                    f"refresh: the first plan has rounds={plan.rounds}, and {label!r} merges"
+                    " nothing: it can have its heads fitted alone"
+                )
+        if self.methods[refresh.merge].method in REFERENCES:
+            raise ValueError(f"refresh: {refresh.merge!r} merges nothing")
+        if odd := sorted({*refresh.plans} & {*refresh.first_seed}):
+            raise ValueError(f"refresh: {odd[0]!r} is among plans and first_seed")
+        if any(rate <= 0 for rate in refresh.learning_rates):
+            raise ValueError(f"refresh: learning_rates {refresh.learning_rates}: above 0 each")
 
     def _options_of_mats(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Those beside which the iterations are said."""

@@ -48,6 +48,11 @@ class Record:
     cell: Cell | None
 
     @property
+    def is_training(self) -> bool:
+        """Whether it is a rival of the refresh."""
+        return self.table == "refresh" and self.label.startswith("trained ")
+
+    @property
     def words(self) -> str:
         count = f"iterations {self.iterations}" if self.iterations else ""
         return ", ".join(filter(None, (self.settings, count)))

@@ -7,6 +7,7 @@
     python recipes/refresh.py --plan.rounds 3 --plan.heads "[]"  # steps of the encoder alone
     python recipes/refresh.py --plan.rounds 1 --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
     python recipes/refresh.py --rivals                           # and what training would reach
+    python recipes/refresh.py --rivals --rival_rates "[1e-5, 1e-4]"
 
 It takes the options of merge.py, and its fine-tunes where they are there. The merge is the row of
 `methods` that `--method` names, with the settings that merge.py has chosen, or else they are chosen
@@ -35,12 +36,12 @@ from compare import INDIVIDUAL, Comparison, Outcome, forget
 from jsonargparse import ArgumentParser
 from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
 from merge_options import MethodOptions, Options, parse_options
-from refresh_rivals import train_rivals
+from refresh_rivals import train_rival
+from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from train_tasks import folder_of, write_json
 
-from mats_lightning import MergeModule, RefreshPlan, Task, refresh
+from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.joint import REFERENCES
-from mats_lightning.merging import MergeResult
 from mats_lightning.report import (
     Row,
     average,
@@ -50,7 +51,7 @@ from mats_lightning.report import (
     write_csv,
     write_markdown,
 )
-from mats_lightning.rounds import Folder, Round
+from mats_lightning.rounds import Round
 
 # options of merge.py that do not decide what a merge of one method gives
 OF_NO_EFFECT = ("methods", "output_dir", "accelerator", "again")
@@ -66,11 +67,14 @@ class RefreshOptions:
         rivals: also train on the same rows: the heads alone on the pretrained model (where the plan
             fits heads), all tasks together from the start, and from the merged weights for the
             seconds that the refresh took.
+        rival_rates: the highest learning rates to choose from, for each rival, on validation rows;
+            by default that of the fine-tunes alone.
     """
 
     plan: RefreshPlan = field(default_factory=RefreshPlan)
     method: str = "MaTS kfac, preconditioned"
     rivals: bool = False
+    rival_rates: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -99,35 +103,22 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         module = comparison.best[1].module(merge.chosen.iterations)
     module.use(merge.chosen.iterations)
 
-    plan = own.plan
-    if not plan.kept:
-        averaged = merge.chosen.settings.get("averaged", [])
-        plan = replace(plan, kept=(averaged,) if isinstance(averaged, str) else tuple(averaged))
+    plan = with_kept(own.plan, merge.chosen.settings)
     folder = folder_of_rounds(options, plan, merge, tasks)
     if options.again:
         shutil.rmtree(folder, ignore_errors=True)
-    rounds = refresh(
-        module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=True
-    )
-    lines = [
-        Line(individual.row, None),
-        Line(merge.row, 0.0),
-        *tested(module, rounds, folder, bench),
-    ]
+    before = Before(module)
+    rounds = run_plan(bench, module, plan, folder, progress=True)
+    tests = tested(bench, module, rounds, folder)
+    lines = [Line(individual.row, None), Line(merge.row, 0.0), *lines_of(tests)]
     if own.rivals:
         if plan.heads:
             lines.append(probe(bench, replace(plan, rounds=0)))
-        put_merge(module, folder)
-        spent = sum(map(seconds_of, rounds))
-        rivals = train_rivals(options, module, plan, spent)
-        lines += [Line(rival.row, rival.seconds) for rival in rivals]
+        before.put_back(shared=plan.rounds > 0)
+        rates = own.rival_rates or [options.learning_rate]
+        lines += rivals(options, module, plan, rates, tests[-1].seconds)
     report(options, plan, lines, rounds, merge)
     return lines
-
-
-def logits(module: Any, batch: Any) -> Any:
-    """The classifier's own."""
-    return module(batch)
 
 
 def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
@@ -137,6 +128,7 @@ def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
     parser.add_class_arguments(RefreshPlan, "plan")
     parser.add_argument("--method", type=str, default=RefreshOptions.method)
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--rival_rates", type=list[float], default=[])
     ours, theirs = split(given)
     if {"-h", "--help"} & set(theirs):
         print(f"Options of refresh.py:\n{parser.format_help()}\nand those of merge.py:\n")
@@ -151,7 +143,7 @@ def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
         parser.error(f"--method {built.method!r} is none of {', '.join(options.methods)}")
     if options.methods[built.method].method in REFERENCES:
         parser.error(f"--method {built.method!r} merges nothing, so there is nothing to refresh")
-    return RefreshOptions(built.plan, built.method, built.rivals), options
+    return RefreshOptions(built.plan, built.method, built.rivals, built.rival_rates), options
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -162,7 +154,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for arg in args:
         if arg.startswith("-"):
             name = arg.partition("=")[0]
-            mine = name in ("--method", "--rivals") or name.startswith("--plan.")
+            mine = name in ("--method", "--rivals", "--rival_rates") or name.startswith("--plan.")
             value_of = ours if mine else theirs
         (theirs if value_of is None else value_of).append(arg)
     return ours, theirs
@@ -220,55 +212,45 @@ def folder_of_rounds(
     return folder_of(options.output_dir / "refresh", "rounds", settings)
 
 
-def tested(module: MergeModule, rounds: Sequence[Round], folder: Path, bench: Bench) -> list[Line]:
-    """A line for each round that was taken, on the test rows; the last one's state stays.
-
-    Round 0 has one where heads were fitted.
-    """
-    lines, seconds = [], 0.0
-    for done in rounds:
-        seconds += seconds_of(done)
-        if not (done.taken or (done.number == 0 and done.heads)):
-            continue
-        put(module, folder, done.number)
-        scores = evaluate(module, bench.trainer.test)
-        words = f"step {done.step:g}, {seconds:.0f} s, validation {done.average:.3f}"
-        label = f"refresh, round {done.number}" if done.number else "heads alone"
-        lines.append(Line(Row(label, words, scores), seconds))
+def lines_of(tests: Sequence[Tested]) -> list[Line]:
+    """A line for each round that was taken; round 0 has one where heads were fitted."""
+    lines = []
+    for test in tests:
+        done = test.done
+        if done.taken or (done.number == 0 and done.heads):
+            words = f"step {done.step:g}, {test.seconds:.0f} s, validation {done.average:.3f}"
+            label = f"refresh, round {done.number}" if done.number else "heads alone"
+            lines.append(Line(Row(label, words, test.scores), test.seconds))
     return lines
-
-
-def seconds_of(done: Round) -> float:
-    """What a round took; without the validation that only decides."""
-    return sum(taken for part, taken in done.seconds.items() if part != "validation")
-
-
-def put(module: MergeModule, folder: Path, number: int) -> None:
-    """The weights and heads after this round into the module; round 0 is the merge."""
-    kept = Folder(folder, {}, {})
-    if number:
-        module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
-    if heads := kept.heads(number):
-        module.replace_heads(heads, {"rounds": number})
-
-
-def put_merge(module: MergeModule, folder: Path) -> None:
-    """As it was before all rounds."""
-    module.replace_shared(MergeResult(Folder(folder, {}, {}).state(0)), {})
-    heads = {
-        name: {parameter: module.tasks[name].weights[parameter] for parameter in head}
-        for name, head in module.own_heads().items()
-    }
-    module.replace_heads(heads, {})
 
 
 def probe(bench: Bench, plan: RefreshPlan) -> Line:
     """The heads fitted on what all tasks started from: what a merge is worth beside no merge."""
     module = bench.module(Merge("pretrained"))
-    (done,) = refresh(module, plan, trainer=bench.trainer, logits_fn=logits)
+    (done,) = run_plan(bench, module, plan, folder=None, progress=True)
     scores = evaluate(module, bench.trainer.test)
     words = f"{seconds_of(done):.0f} s, validation {done.average:.3f}"
     return Line(Row("trained heads alone, no merge", words, scores), seconds_of(done))
+
+
+def rivals(
+    options: Options,
+    module: MergeModule,
+    plan: RefreshPlan,
+    rates: Sequence[float],
+    seconds: float,
+) -> list[Line]:
+    """Training from the start, and from the merge that is in the module for these seconds."""
+    lines = []
+    for label, limit in (("together", None), ("from the merge", seconds)):
+        if limit is not None and limit <= 0:
+            continue
+        tried = {rate: train_rival(options, module, plan, rate, limit) for rate in rates}
+        rate, best = max(tried.items(), key=lambda entry: entry[1].average)
+        words = f"{best.steps} steps at {rate:g}, {best.seconds:.0f} s"
+        row = Row(f"trained {label} on {plan.rows} rows", words, best.tested)
+        lines.append(Line(row, best.seconds))
+    return lines
 
 
 def report(

@@ -1,8 +1,10 @@
 """What training reaches on the rows of a refresh: the rivals that it must be held against."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -20,18 +22,25 @@ from typing_extensions import override
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.refresh import first_rows
-from mats_lightning.report import Row
 
-__all__ = ["Rival", "train_rivals"]
+__all__ = ["Rival", "train_rival"]
 
 WARM_UP = 0.1  # of all steps, or of the time
 
 
 @dataclass(frozen=True)
 class Rival:
-    row: Row
+    """What a training reached: the primary metric a task, on validation and on test rows."""
+
+    validated: dict[str, float]
+    tested: dict[str, float]
     seconds: float
     steps: int
+
+    @property
+    def average(self) -> float:
+        """On validation rows."""
+        return mean(self.validated.values())
 
 
 class TimedClassifier(MultitaskClassifier):
@@ -71,30 +80,32 @@ class TimedClassifier(MultitaskClassifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train_rivals(
+def train_rival(
     options: Options,
     module: MergeModule,
     plan: RefreshPlan,
-    seconds: float,
-) -> list[Rival]:
-    """Both, on the rows of the refresh: from the start, with the heads and epochs of the
-    fine-tunes; and from the merged weights, with the heads as they are, for `seconds`."""
-    tasks = list(module.tasks.values())
-    fresh = {
-        task.name: task_module(options, task, data(module.tasks[task.name]))
-        for task in options.task_list
-    }
-    together = MultitaskClassifier(fresh, groups(tasks), options.seed)
-    label = f"trained together on {plan.rows} rows"
-    rivals = [_train(options, plan, tasks, together, label, {"max_epochs": options.epochs})]
-    if seconds > 0:
-        merged = {task.name: classifier(module, task) for task in tasks}
-        timed = TimedClassifier(merged, groups(tasks), options.seed, seconds=seconds)
-        limit: dict[str, Any] = {"max_epochs": -1}
-        limit["callbacks"] = [Timer(timedelta(seconds=seconds))]
-        label = f"trained from the merge on {plan.rows} rows"
-        rivals.append(_train(options, plan, tasks, timed, label, limit))
-    return rivals
+    learning_rate: float,
+    seconds: float | None = None,
+) -> Rival:
+    """All tasks together, on the rows of the plan.
+
+    From the start, with the heads and epochs of the fine-tunes; with `seconds` from the merged
+    weights that are in the module, with their heads, for so long.
+    """
+    tasks, options = list(module.tasks.values()), replace(options, learning_rate=learning_rate)
+    if seconds is None:
+        fresh = {
+            task.name: task_module(options, task, data(module.tasks[task.name]))
+            for task in options.task_list
+        }
+        together = MultitaskClassifier(fresh, groups(tasks), options.seed)
+        return _train(options, plan, tasks, together, {"max_epochs": options.epochs})
+    merged = {task.name: classifier(module, task) for task in tasks}
+    for one in merged.values():
+        one.learning_rate = learning_rate
+    timed = TimedClassifier(merged, groups(tasks), options.seed, seconds=seconds)
+    timer = Timer(timedelta(seconds=seconds))
+    return _train(options, plan, tasks, timed, {"max_epochs": -1, "callbacks": [timer]})
 
 
 def classifier(module: MergeModule, task: Task) -> Classifier:
@@ -118,7 +129,6 @@ def _train(
     plan: RefreshPlan,
     tasks: list[Task],
     module: MultitaskClassifier,
-    label: str,
     limit: dict[str, Any],
 ) -> Rival:
     L.seed_everything(options.seed, verbose=False)
@@ -135,16 +145,18 @@ def _train(
     loaders = [shuffled(task, plan) for task in tasks]
     started = time.perf_counter()
     trainer.fit(module, train_dataloaders=Interleaved(loaders))
-    seconds = time.perf_counter() - started
-    steps = trainer.global_step
-    tester, scores = evaluation_trainer(options.accelerator), {}
-    for task in tasks:
-        tester.test(module.classifiers[task.name], task.data, verbose=False)
-        scores[task.name] = float(tester.callback_metrics[task.metric])
-    row = Row(label, f"{steps} steps, {seconds:.0f} s", scores)
+    seconds, steps = time.perf_counter() - started, trainer.global_step
     del trainer
     return_memory()
-    return Rival(row, seconds, steps)
+    tester = evaluation_trainer(options.accelerator)
+    validated = {task.name: _score(tester.validate, module, task) for task in tasks}
+    tested = {task.name: _score(tester.test, module, task) for task in tasks}
+    return Rival(validated, tested, seconds, steps)
+
+
+def _score(run: Callable[..., Any], module: MultitaskClassifier, task: Task) -> float:
+    (metrics,) = run(module.classifiers[task.name], task.data, verbose=False)
+    return float(metrics[task.metric])
 
 
 def shuffled(task: Task, plan: RefreshPlan) -> DataLoader[Any]:

@@ -1,0 +1,82 @@
+"""The results of a setting as a long table, a line a cell, in CSV.
+
+What has not been measured stands there as "missing".
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench import Cell
+from paper_tables import Record
+
+from mats_lightning.sidecar import write_atomically
+
+__all__ = ["MISSING", "relative", "write_long"]
+
+MISSING = "missing"
+FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
+RELATIVE = ("methods", "refresh")  # tables of all tasks
+MEASURED = (
+    "average",
+    "relative",
+    "merge_seconds",
+    "merge_iterations",
+    "evaluation_seconds",
+    "residual",
+    "flops",
+    "seconds",
+)
+
+
+def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> None:
+    """A line a cell: which it is, whether it is "measured" or "missing", the scores, the seconds.
+
+    `relative` is the mean over tasks of the score over that of the individual models, of the same
+    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`. `seconds` are
+    of what the table of the cost counts.
+    """
+    individual = {
+        record.seed: record.cell
+        for record in records
+        if record.table == "methods" and record.label == "individual"
+    }
+    rows = []
+    for record in records:
+        row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}
+        row["status"] = MISSING if record.cell is None else "measured"
+        if record.cell is not None:
+            row |= measured(record, individual.get(record.seed))
+        rows.append(row)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+
+
+def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
+    cell = record.cell
+    assert cell is not None
+    row: dict[str, Any] = {**cell.scores, "residual": cell.residual, "flops": cell.flops}
+    if cell.scores:
+        row["average"] = cell.average
+    row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
+    if cell.merge_seconds:
+        row["merge_seconds"] = cell.merge_seconds
+    if cell.merge_iterations:
+        row["merge_iterations"] = cell.merge_iterations
+    if individual is not None and record.split == "test" and record.table in RELATIVE:
+        row["relative"] = relative(cell, individual)
+    return row
+
+
+def relative(cell: Cell, individual: Cell) -> float:
+    """Mean over tasks of score / individual score."""
+    return mean(cell.scores[name] / score for name, score in individual.scores.items())

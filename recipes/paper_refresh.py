@@ -1,0 +1,259 @@
+"""The table of refreshes: merges refreshed by plans, and what training reaches on the same rows."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from bench import Bench, Cell, Merge, Opened, Steps
+from compare import choose, merges_of
+from paper_seeds import Seed
+from paper_settings import Refresh, Setting
+from paper_tables import Record, added
+from refresh_rivals import train_rival
+from refreshed import Before, run_plan, tested, with_kept
+from train_tasks import folder_of
+
+from mats_lightning import MergeModule, RefreshPlan
+
+__all__ = ["RefreshTable"]
+
+RIVALS = ("together", "from the merge")
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One merge refreshed by one plan; `point` is None where its settings are not chosen yet."""
+
+    method: str
+    label: str  # of the plan
+    plan: RefreshPlan
+    point: tuple[Merge, int] | None
+
+    def key(self, number: int, split: str) -> dict[str, Any] | None:
+        """Of the cell after this round."""
+        if self.point is None:
+            return None
+        merge, count = self.point
+        plan = {name: value for name, value in asdict(self.plan).items() if name != "rounds"}
+        return {**merge.key(count, split), "plan": plan, "round": number}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One rival at one learning rate; `point` is the merge that it starts from, if it does."""
+
+    label: str
+    rate: float
+    point: tuple[Merge, int] | None
+
+    def key(self, plan: RefreshPlan, split: str) -> dict[str, Any]:
+        key: dict[str, Any] = {"rows": plan.rows, "rows_seed": plan.seed, "split": split}
+        if self.point is not None:
+            key["start"] = self.point[0].key(self.point[1], split)
+            key["plan"] = asdict(plan)  # whose seconds it has
+        return {**key, "method": f"trained {self.label}", "learning_rate": self.rate}
+
+
+class RefreshTable:
+    """Each line after each of its rounds on validation and on test rows, and the rivals.
+
+    A round that is taken back leaves things as they were: the cells after it are those before it,
+    and what it took counts. `merge_seconds` of a cell are those of the refresh up to its round.
+
+    Args:
+        setting: the file.
+        refresh: its part of this table.
+        seed: whose fine-tunes are merged.
+        first: the seed that chooses; None where it is `seed` itself.
+    """
+
+    def __init__(
+        self, setting: Setting, refresh: Refresh, seed: Seed, first: Seed | None = None
+    ) -> None:
+        self.setting, self.refresh, self.seed, self.first = setting, refresh, seed, first
+        self.plan = next(iter(refresh.plans.values()))  # of all methods, and of the rivals
+
+    # -- what there is -----------------------------------------------------------------------
+
+    def lines(self) -> Iterator[Line]:
+        label = next(iter(self.refresh.plans))
+        for method in self.refresh.methods:
+            if method != self.refresh.merge:
+                yield self._line(method, label, self.plan)
+        plans = dict(self.refresh.plans)
+        if self.first is None:
+            plans |= self.refresh.first_seed
+        for label, plan in plans.items():
+            yield self._line(self.refresh.merge, label, plan)
+
+    def _line(self, method: str, label: str, plan: RefreshPlan) -> Line:
+        point = self._point(method)
+        if point is not None:
+            plan = with_kept(plan, point[0].options)
+        return Line(method, label, plan, point)
+
+    def _point(self, label: str) -> tuple[Merge, int] | None:
+        """What the methods' table has chosen, on the first seed."""
+        merges = list(merges_of(self.setting.methods[label]))
+        if len(merges) == len(merges[0].counts) == 1:
+            return merges[0], merges[0].counts[0]
+        chosen = choose((self.first or self.seed).find, merges)
+        return None if chosen is None else chosen[:2]
+
+    def trainings(self, label: str) -> list[Training]:
+        """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
+        point = self._point(self.refresh.merge) if label == "from the merge" else None
+        rates = self.refresh.learning_rates
+        if label == "from the merge" and point is None:
+            return []
+        tried = [Training(label, rate, point) for rate in rates]
+        if self.first is None or len(tried) == 1:
+            return tried
+        best = self._best(tried, self.first)
+        return [] if best is None else [best]
+
+    def _best(self, tried: list[Training], seed: Seed) -> Training | None:
+        """On the validation rows of this seed; None while one is missing."""
+        cells = [self._cell(seed, one.key(self._plan_of_rivals(), "validation")) for one in tried]
+        known = [(cell.average, one) for cell, one in zip(cells, tried, strict=True) if cell]
+        if len(known) < len(tried):
+            return None
+        return max(known, key=lambda entry: entry[0])[1]
+
+    def _plan_of_rivals(self) -> RefreshPlan:
+        return self._line(self.refresh.merge, "", self.plan).plan
+
+    def _cell(self, seed: Seed, key: dict[str, Any] | None) -> Cell | None:
+        found = None if key is None else seed.cells.find(key)
+        return None if found is None else Cell(**found)
+
+    def records(self) -> Iterator[Record]:
+        for line in self.lines():
+            about = (self.seed.seed, "refresh", "", line.method, line.label)
+            for number in range(line.plan.rounds + 1):
+                for split in SPLITS:
+                    cell = self._cell(self.seed, line.key(number, split))
+                    yield Record(*about, number, split, cell)
+        for label in RIVALS if self.refresh.learning_rates else ():
+            yield from self._records_of_rival(label)
+
+    def _records_of_rival(self, label: str) -> Iterator[Record]:
+        plan = self._plan_of_rivals()
+        about = (self.seed.seed, "refresh", "", f"trained {label} on {plan.rows} rows")
+        tried = self.trainings(label)
+        for one in tried:
+            cell = self._cell(self.seed, one.key(plan, "validation"))
+            yield Record(*about, f"learning rate {one.rate:g}", 0, "validation", cell)
+        best = self._best(tried, self.seed) if tried else None
+        if best is None:
+            yield Record(*about, "not chosen yet", 0, "test", None)
+        else:
+            cell = self._cell(self.seed, best.key(plan, "test"))
+            yield Record(*about, f"learning rate {best.rate:g}", 0, "test", cell)
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    def steps_left(self) -> tuple[int, int]:
+        """One a merge and one a plan; one a training."""
+        counted = []
+        for _, own in groupby(self.lines(), lambda line: line.method):
+            done = [self._done(line) for line in own]
+            counted.append((1 + len(done), sum(done) + all(done)))
+        for label in RIVALS if self.refresh.learning_rates else ():
+            total = len(self.refresh.learning_rates) if self.first is None else 1
+            tried, plan = self.trainings(label), self._plan_of_rivals()
+            known = [self._cell(self.seed, one.key(plan, "validation")) for one in tried]
+            counted.append((total, sum(cell is not None for cell in known)))
+        return added(counted)
+
+    def _done(self, line: Line) -> bool:
+        return self._cell(self.seed, line.key(line.plan.rounds, "test")) is not None
+
+    def run(self, steps: Steps) -> None:
+        bench = self.seed.bench(steps)
+        for method, own in groupby(self.lines(), lambda line: line.method):
+            if missing := [line for line in own if not self._done(line)]:
+                self._run_plans(bench, method, missing)
+        for label in RIVALS if self.refresh.learning_rates else ():
+            self._run_rival(bench, label)
+
+    def _run_plans(self, bench: Bench, method: str, lines: list[Line]) -> None:
+        """Of one merge."""
+        module = self._merged(bench, method)
+        before = Before(module)
+        for line in lines:
+            found, _ = bench.steps.run(
+                f"{method}: {line.label}", self._measure, bench, module, line
+            )
+            before.put_back(shared=line.plan.rounds > 0)
+            bench.steps.say(f"{method}, {line.label}: {found:.3f} on test")
+
+    def _merged(self, bench: Bench, method: str) -> MergeModule:
+        point = self._point(method)
+        if point is None:
+            raise ValueError(f"refresh: the settings of {method} are not chosen yet: run methods")
+        merge, count = point
+        module = Opened(bench, merge, method).module(count)
+        module.use(count)
+        return module
+
+    def _measure(self, bench: Bench, module: MergeModule, line: Line) -> float:
+        """All rounds, kept as cells; the average on test after the last."""
+        folder = folder_of(self.seed.options.output_dir / "refresh", "rounds", self._settings(line))
+        rounds = run_plan(bench, module, line.plan, folder, progress=False)
+        states = tested(bench, module, rounds, folder)
+        for number in range(line.plan.rounds + 1):
+            state = states[min(number, len(states) - 1)]
+            for split, scores in zip(SPLITS, (state.done.scores, state.scores), strict=True):
+                key = line.key(number, split)
+                assert key is not None
+                self.seed.cells.keep(key, asdict(Cell(scores, 0.0, merge_seconds=state.seconds)))
+        shutil.rmtree(folder)
+        return sum(states[-1].scores.values()) / len(states[-1].scores)
+
+    def _settings(self, line: Line) -> dict[str, Any]:
+        """What decides a line's rounds: its key, and the fine-tunes and rows of its seed."""
+        return {**self.seed.cells.about, **(line.key(0, "") or {})}
+
+    def _run_rival(self, bench: Bench, label: str) -> None:
+        plan, steps = self._plan_of_rivals(), bench.steps
+        tried = self.trainings(label)
+        if not tried:
+            raise ValueError(
+                f"refresh: the learning rate of 'trained {label}' is chosen by seed"
+                f" {(self.first or self.seed).seed}, which has not been measured yet"
+            )
+        missing = [one for one in tried if self._cell(self.seed, one.key(plan, "test")) is None]
+        if not missing:
+            return
+        seconds = None
+        if label == "from the merge":
+            line = self._line(self.refresh.merge, "", self.plan)
+            refreshed = self._cell(self.seed, line.key(plan.rounds, "test"))
+            assert refreshed is not None  # `run` begins with it
+            seconds = refreshed.merge_seconds
+        module = self._merged(bench, self.refresh.merge)
+        for one in missing:
+            train = partial(train_rival, self.seed.options, module, plan, one.rate, seconds)
+            with steps.paused():
+                found = train()
+            steps.expect(0, done=1)
+            for split, scores in zip(SPLITS, (found.validated, found.tested), strict=True):
+                cell = Cell(scores, 0.0, merge_seconds=found.seconds)
+                self.seed.cells.keep(one.key(plan, split), asdict(cell))
+
+    def forget(self) -> None:
+        for line in self.lines():
+            for number in range(line.plan.rounds + 1):
+                keys = [line.key(number, split) for split in SPLITS]
+                self.seed.cells.forget(key for key in keys if key is not None)
+            folder = self.seed.options.output_dir / "refresh"
+            shutil.rmtree(folder_of(folder, "rounds", self._settings(line)), ignore_errors=True)
+        for label in RIVALS if self.refresh.learning_rates else ():
+            for one in self.trainings(label):
+                plan = self._plan_of_rivals()
+                self.seed.cells.forget(one.key(plan, split) for split in SPLITS)

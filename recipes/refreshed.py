@@ -1,0 +1,93 @@
+"""A refresh on a bench: its rounds tested, and the module put to any of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench import Bench, evaluate
+
+from mats_lightning import MergeModule, RefreshPlan, refresh
+from mats_lightning.merging import MergeResult
+from mats_lightning.rounds import Folder, Round
+
+__all__ = ["Before", "Tested", "put", "run_plan", "seconds_of", "tested", "with_kept"]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Where a refresh stood after one round.
+
+    Args:
+        done: the round.
+        seconds: since the merge: statistics, steps and heads, without the validation that only
+            decides.
+        scores: task -> primary metric on test rows; after a round that was taken back those of the
+            round before.
+    """
+
+    done: Round
+    seconds: float
+    scores: dict[str, float]
+
+
+def with_kept(plan: RefreshPlan, options: Mapping[str, Any]) -> RefreshPlan:
+    """What the plan keeps is by default what the merge with these options averages."""
+    averaged = options.get("averaged", [])
+    names = (averaged,) if isinstance(averaged, str) else tuple(averaged)
+    return plan if plan.kept else replace(plan, kept=names)
+
+
+def run_plan(
+    bench: Bench, module: MergeModule, plan: RefreshPlan, folder: Path | None, progress: bool
+) -> list[Round]:
+    """The rounds, from the folder or run now; the last one's state is in the module."""
+    return refresh(
+        module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=progress
+    )
+
+
+def logits(module: Any, batch: Any) -> Any:
+    """The classifier's own."""
+    return module(batch)
+
+
+def tested(
+    bench: Bench, module: MergeModule, rounds: Sequence[Round], folder: Path
+) -> list[Tested]:
+    """Each round on the test rows; the last one's state stays."""
+    found: list[Tested] = []
+    for done in rounds:
+        if done.taken or not found:
+            put(module, folder, done.number)
+            scores = evaluate(module, bench.trainer.test)
+        found.append(Tested(done, sum(map(seconds_of, rounds[: done.number + 1])), scores))
+    return found
+
+
+def seconds_of(done: Round) -> float:
+    """What a round took; without the validation that only decides."""
+    return sum(taken for part, taken in done.seconds.items() if part != "validation")
+
+
+def put(module: MergeModule, folder: Path, number: int) -> None:
+    """The weights and heads after this round into the module; round 0 is the merge."""
+    kept = Folder(folder, {}, {})
+    if number:
+        module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
+    if heads := kept.heads(number):
+        module.replace_heads(heads, {"rounds": number})
+
+
+class Before:
+    """A module's weights and heads as they are now, to be put back."""
+
+    def __init__(self, module: MergeModule) -> None:
+        self._module = module
+        self._shared, self._heads = module.shared_state(), module.own_heads()
+
+    def put_back(self, shared: bool = True) -> None:
+        """`shared`: what is merged too, and not the heads alone."""
+        if shared:
+            self._module.replace_shared(MergeResult(self._shared), {})
+        self._module.replace_heads(self._heads, {})

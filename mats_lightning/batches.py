@@ -1,12 +1,16 @@
-"""What a batch tells: how many examples it has, which positions count, how its loss is reduced."""
+"""What a batch tells: how many examples it has, which positions count, how its loss is reduced.
+
+And batches of the first rows of a loader.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 # batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
 # whose name has it
@@ -161,3 +165,20 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
                 f" loss_reduction=lambda batch: module.{name}.weight[labels].sum(), with the"
                 " batch's labels"
             )
+
+
+def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
+    """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
+
+    However the loader shuffles. Raises ValueError for a loader that rows cannot be picked from.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Sized) or getattr(loader, "batch_size", None) is None:
+        raise ValueError(
+            f"rows cannot be picked out of its training loader, a {type(loader).__name__}: a"
+            " DataLoader with a batch size over a data set with a length is needed; or pass"
+            " loaders={name: batches}"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    chosen: Subset[Any] = Subset(loader.dataset, order[:rows].tolist())
+    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)

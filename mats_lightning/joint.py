@@ -1,10 +1,9 @@
-"""JointMerge: tasks and a method in; the state dict of each task's merged model out."""
+"""JointMerge: tasks and a method in; what is merged together; `Merged` out."""
 
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mats_lightning import merging
-from mats_lightning.lora import Lora
-from mats_lightning.merging import Block, MergeResult
+from mats_lightning.merged import SHARED, Merged, PartOfTasks
+from mats_lightning.merging import MergeResult
 from mats_lightning.merging.blocks import covering_statistics
 from mats_lightning.merging.models import check_models, check_weights, names_with
 from mats_lightning.products import (
     Refactored,
     factors_of,
-    lora_of,
     product_models,
     product_names,
     product_start,
@@ -45,11 +43,10 @@ OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare", "iso_c", "tsv_m")  # need 
 STATISTICS = {"fisher": ("diagonal_fisher",), "regmean": ("gram",)}
 # rows of a comparison that merge nothing: each task's own model; the start under its head
 REFERENCES = ("individual", "pretrained")
-SHARED = "shared parameters"
 
 
 class JointMerge:
-    """Which parameters of which tasks are merged together, and what came out.
+    """Which parameters of which tasks are merged together, and how.
 
     The parts are the parameters that no head owns, of all tasks, and the head of each head group
     of several members. Arguments and errors: see `MergeModule`.
@@ -67,240 +64,143 @@ class JointMerge:
         self.tasks = {task.name: task for task in tasks}
         self.method = method
         self.options = dict(options)
-        self.in_use = 0  # the iteration count whose state is given out
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
-        self.refreshed: dict[str, Any] = {}  # how the merge was changed since
-        self._heads: dict[str, dict[str, Tensor]] = {}  # task -> what was put in for its own head
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
         self.weights = self._task_weights()
         self.lora_rank: int | None = None  # that merged products get as factors
         if method in METHODS:
             self.lora_rank = self.options.pop("lora_rank", None)
-        self._products: dict[int, Refactored] = {}  # by count, where products are merged
-        self._merged: dict[str, dict[int, MergeResult]] | None = None  # part -> count -> state
         self._check_arguments()
 
-    def run(self, device: torch.device | str = "cpu", progress: bool = True) -> None:
-        """Merge, once: a second call does nothing; the state of most iterations is in use.
+    def run(self, device: torch.device | str = "cpu", progress: bool = True) -> Merged:
+        """Merge.
 
         Raises what the merge function, the checkpoints and the sidecars raise.
         """
-        if self._merged is not None:
-            return
         device = torch.device(device)
         if device.type == "mps":  # has no float64, which the solvers decompose in
             device = torch.device("cpu")
-        merged: dict[str, dict[int, MergeResult]] = {}
-        if self.method not in REFERENCES:
-            if self.lora_rank is None:
-                check_same_scaling(list(self.tasks.values()))
-            for part, (names, members) in self._parts().items():
-                merged[part] = self._merge_part(part, names, members, device, progress)
-        elif self.method == "pretrained":
+        parts = self._parts()
+        states: dict[str, dict[int, MergeResult]] = {}
+        products: dict[int, Refactored] = {}
+        unmerged: Weights | None = None
+        if self.method == "pretrained":
+            unmerged, start = self._pretrained, self._start_of(SHARED, device)
             for task in self.tasks.values():
                 shared = [name for name in task.weights if not task.owns(name)]
-                check_models([Part(task.weights, shared, device)], self._start_of(SHARED, device))
-        self._merged = merged
-        self.use(max(self.counts))
+                check_models([Part(task.weights, shared, device)], start)
+        elif self.method != "individual":
+            if self.lora_rank is None:
+                check_same_scaling(list(self.tasks.values()))
+            for name, part in parts.items():
+                self._check_same_names(name, part)
+                if name == SHARED and self.lora_rank is not None:
+                    states[name], products = self._merge_products(part, device, progress)
+                else:
+                    states[name] = self._merge_part(name, part, device, progress)
+        return Merged(
+            self.method, self.tasks, parts, states, self._counts, products, unmerged=unmerged
+        )
 
-    def use(self, iterations: int, only: bool = False) -> None:
-        """Switch to the state after this number of CG iterations; `only` lets go of the others.
-
-        Raises ValueError for a number that `iterations` did not list, or that was let go of.
-        """
-        assert self._merged is not None
-        there = set(self.counts).intersection(*self._merged.values())
-        if iterations not in there:
-            raise ValueError(
-                f"there is no state after {iterations} iterations; options['iterations'] gave"
-                f" {sorted(self.counts)}, and {sorted(there)} are kept"
-            )
-        self.in_use = iterations
-        if only:
-            for part, states in self._merged.items():
-                self._merged[part] = {iterations: states[iterations]}
-
-    def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
-        """Other values of the shared parameters, in the state in use; the other states go.
-
-        Raises ValueError for a method that merges nothing, for merged products of LoRA factors,
-        and for other names or shapes.
-        """
-        assert self._merged is not None
-        if self.method in REFERENCES:
-            raise ValueError(f"'{self.method}' merges nothing: there is no merged state to replace")
-        if self.lora_rank is not None:
-            raise ValueError(
-                f"lora_rank={self.lora_rank} merges the products of LoRA factors, and what it makes"
-                " of them are no task's own factors: nothing can be put in their place. To refresh"
-                " a merge of adapters, merge factor by factor (no lora_rank)"
-            )
-        current = self._merged[SHARED][self.in_use].state_dict
-        check_models([current, result.state_dict])
-        self._merged[SHARED] = {self.in_use: result}
-        self.refreshed = dict(how)
-
-    def own_head(self, task: str) -> list[str]:
-        """The parameters that no other task has a part in: none where its head is merged."""
-        merged = {
-            n for _, (names, members) in self._parts().items() if task in members for n in names
-        }
-        return [name for name in self.tasks[task].weights if name not in merged]
-
-    def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
-        """Other values for heads that the tasks do not share; those not named stay as they are.
-
-        Raises ValueError for other tasks, names or shapes.
-        """
-        for task, head in heads.items():
-            if task not in self.tasks:
-                raise ValueError(f"no task is named '{task}'; there are {', '.join(self.tasks)}")
-            own = {name: self.tasks[task].weights[name] for name in self.own_head(task)}
-            try:
-                check_models([own, head])
-            except ValueError as error:
-                raise ValueError(f"head of task '{task}': {error}") from error
-        self._heads |= {task: dict(head) for task, head in heads.items()}
-        self.refreshed = dict(how)
-
-    def state_of(self, task: str) -> dict[str, Tensor]:
-        """The state dict of one task's model: merged parameters, and its own head."""
-        if task not in self.tasks:
-            raise ValueError(f"no task is named '{task}'; there are {', '.join(self.tasks)}")
-        assert self._merged is not None
-        state = dict(self.tasks[task].weights)
-        if self.method == "pretrained":
-            assert self._pretrained is not None
-            state |= {n: self._pretrained[n] for n in state if not self.tasks[task].owns(n)}
-        for part, (_, members) in self._parts().items():
-            if part in self._merged and task in members:
-                state |= self._merged[part][self.in_use].state_dict
-        return state | self._heads.get(task, {})
-
-    def adapter_of(self, task: str) -> Lora | None:
-        """The LoRA adapter of one task's model, where its checkpoint is one, with what is merged.
-
-        Its rank, where products are merged, is another than that of the checkpoint.
-        """
-        lora = lora_of(self.tasks[task])
-        if lora is None:
-            return None
-        like = self._products[self.in_use].form if self._products else lora
-        return replace(like, weights=self.state_of(task))
-
-    @property
-    def lost(self) -> dict[str, float]:
-        """Layer -> what share of its merged product the rank leaves out, for the state in use."""
-        return self._products[self.in_use].lost if self._products else {}
-
-    @property
-    def blocks(self) -> dict[str, Block]:
-        """Parameter -> how its solve went (mats), for the state in use."""
-        assert self._merged is not None
-        return {
-            name if part == SHARED else f"{part}: {name}": block
-            for part, results in self._merged.items()
-            for name, block in results[self.in_use].blocks.items()
-        }
-
-    @property
-    def uncovered(self) -> dict[str, list[str]]:
-        """Part -> its parameters that no statistic of the method covers, where there are any."""
-        assert self._merged is not None
-        found = {part: states[self.in_use].uncovered for part, states in self._merged.items()}
-        return {part: names for part, names in found.items() if names}
-
-    @property
-    def shared(self) -> list[str]:
-        """The parameters that all tasks share."""
-        return self._parts()[SHARED][0]
-
-    def _parts(self) -> dict[str, tuple[list[str], list[str]]]:
-        """What is merged together: part -> (parameter names, task names)."""
+    def _parts(self) -> dict[str, PartOfTasks]:
+        """What is merged together."""
         first = next(iter(self.tasks.values()))
         shared = [name for name in first.weights if not first.owns(name)]
-        parts = {SHARED: (shared, list(self.tasks))}
+        parts = {SHARED: PartOfTasks(shared, list(self.tasks))}
         for group in sorted({t.head_group for t in self.tasks.values() if t.head_group}):
             members = [name for name, task in self.tasks.items() if task.head_group == group]
             task = self.tasks[members[0]]
             if len(members) > 1:
                 head = [name for name in task.weights if task.owns(name)]
-                parts[_head_part(group)] = (head, members)
+                parts[_head_part(group)] = PartOfTasks(head, members)
         return parts
 
-    def _merge_part(
-        self, part: str, names: list[str], members: list[str], device: torch.device, progress: bool
-    ) -> dict[int, MergeResult]:
-        function = METHODS[self.method]
-        options = dict(self.options)
-        options["weights"] = [self.weights[name] for name in members]
-        thetas = []
-        for member in members:
+    def _check_same_names(self, name: str, part: PartOfTasks) -> None:
+        for member in part.tasks:
             task = self.tasks[member]
-            own = [n for n in task.weights if task.owns(n) != (part == SHARED)]
-            if set(own) != set(names):
-                odd = sorted(set(own) ^ set(names))[0]
+            own = [n for n in task.weights if task.owns(n) != (name == SHARED)]
+            if odd := sorted(set(own) ^ set(part.names)):
                 raise ValueError(
-                    f"tasks '{members[0]}' and '{member}' do not have the same parameters to merge"
-                    f" ({part}): '{odd}' is in one of them alone; if it belongs to a head, name it"
-                    " in Task(head=...)"
+                    f"tasks '{part.tasks[0]}' and '{member}' do not have the same parameters to"
+                    f" merge ({name}): '{odd[0]}' is in one of them alone; if it belongs to a head,"
+                    " name it in Task(head=...)"
                 )
-            thetas.append(Part(task.weights, names, device))
-        adapters: list[Lora] = []
-        if part == SHARED and self.lora_rank is not None:
-            adapters = [factors_of(task) for task in self.tasks.values()]
-            thetas = product_models(adapters, device)
-            names = list(thetas[0])
-        wanted = inspect.signature(function).parameters
-        if "statistics" in wanted:
-            options["statistics"] = [self._statistics(member, names) for member in members]
-        if "pretrained" in wanted:
-            options["pretrained"] = (
-                product_start(thetas[0]) if adapters else self._start_of(part, device)
-            )
-        if "averaged" in options:
-            options["averaged"] = self._averaged(names)
-        with ExitStack() as stack:
-            if "on_block" in wanted and progress:
-                options["on_block"] = stack.enter_context(_progress(f"{self.method}, {part}"))
-            try:
-                result = function(thetas, **options)
-            except ValueError as error:
-                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
-                raise ValueError(f"{self.method} of the {part}: {error} ({order})") from error
-        states = self._states(result, names, options.get("statistics", []))
-        if not adapters:
-            return states
+
+    def _merge_part(
+        self, name: str, part: PartOfTasks, device: torch.device, progress: bool
+    ) -> dict[int, MergeResult]:
+        """The states by iteration count."""
+        thetas = [Part(self.tasks[member].weights, part.names, device) for member in part.tasks]
+        options = self._options_of(part.tasks, part.names)
+        if self._takes("pretrained"):
+            options["pretrained"] = self._start_of(name, device)
+        return self._merge(name, part, thetas, options, progress)
+
+    def _merge_products(
+        self, part: PartOfTasks, device: torch.device, progress: bool
+    ) -> tuple[dict[int, MergeResult], dict[int, Refactored]]:
+        """LoRA adapters merged as what they add to the weights, and made into factors again."""
+        adapters = [factors_of(task) for task in self.tasks.values()]
+        thetas = product_models(adapters, device)
+        options = self._options_of(part.tasks, list(thetas[0]))
+        if self._takes("pretrained"):
+            options["pretrained"] = product_start(thetas[0])
+        states = self._merge(SHARED, part, thetas, options, progress)
         assert self.lora_rank is not None
-        states, self._products = refactored(
+        return refactored(
             states, self.lora_rank, adapters, options.get("statistics", []), options["weights"]
         )
-        return states
 
-    def _states(
-        self, result: Any, names: list[str], statistics: list[Statistics]
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(METHODS[self.method]).parameters
+
+    def _options_of(self, members: list[str], names: list[str]) -> dict[str, Any]:
+        """Arguments of the merge function, for these tasks and parameters."""
+        options = {**self.options, "weights": [self.weights[name] for name in members]}
+        if self._takes("statistics"):
+            options["statistics"] = [self._statistics(member, names) for member in members]
+        if "averaged" in options:
+            options["averaged"] = self._averaged(names)
+        return options
+
+    def _merge(
+        self,
+        name: str,
+        part: PartOfTasks,
+        thetas: Sequence[Weights],
+        options: dict[str, Any],
+        progress: bool,
     ) -> dict[int, MergeResult]:
-        """What a merge function returned, by iteration count."""
+        """By iteration count."""
+        with ExitStack() as stack:
+            if self._takes("on_block") and progress:
+                options["on_block"] = stack.enter_context(_progress(f"{self.method}, {name}"))
+            try:
+                result = METHODS[self.method](thetas, **options)
+            except ValueError as error:
+                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
+                raise ValueError(f"{self.method} of the {name}: {error} ({order})") from error
         if isinstance(result, MergeResult):
-            return {self.counts[0]: result}
+            return {self._counts[0]: result}
         if self.method == "mats":
             assert isinstance(result, dict)
             return result
+        uncovered: list[str] = []
         if self.method in STATISTICS:
-            covered = covering_statistics(names, STATISTICS[self.method], statistics)
+            names = list(thetas[0])
+            covered = covering_statistics(names, STATISTICS[self.method], options["statistics"])
             uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
-            return {0: MergeResult(result, uncovered=uncovered)}
-        return {0: MergeResult(result)}
+        return {0: MergeResult(result, uncovered=uncovered)}
 
     def _averaged(self, names: list[str]) -> list[str]:
         """The expressions that these names have; each must be in a name of some part."""
         given = self.options["averaged"]
         patterns = [given] if isinstance(given, str) else list(given)
         everywhere: dict[str, None] = {}
-        for part, (own, _) in self._parts().items():
-            products = part == SHARED and self.lora_rank is not None
-            everywhere |= dict.fromkeys(product_names(own) if products else own)
+        for name, part in self._parts().items():
+            products = name == SHARED and self.lora_rank is not None
+            everywhere |= dict.fromkeys(product_names(part.names) if products else part.names)
         names_with(patterns, list(everywhere), "averaged")
         return [p for p in patterns if any(re.search(p, name) for name in names)]
 
@@ -341,7 +241,7 @@ class JointMerge:
         )
 
     @property
-    def counts(self) -> list[int]:
+    def _counts(self) -> list[int]:
         """The iteration counts of which there are states; [0] for methods without."""
         if self.method != "mats":
             return [0]

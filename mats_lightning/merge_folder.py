@@ -12,6 +12,7 @@ from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import adapter_config, adapter_key, is_adapter
 from mats_lightning.export import backbone_prefix, export_adapter, export_huggingface
 from mats_lightning.joint import JointMerge
+from mats_lightning.merged import Merged
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import versions
 from mats_lightning.tasks import Task
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def export_merge(
     joint: JointMerge,
+    merged: Merged,
     model: pl.LightningModule,
     scores: Mapping[str, float],
     folder: str | os.PathLike[str],
@@ -30,42 +32,43 @@ def export_merge(
 ) -> Path:
     """See `MergeModule.export`; `model` is the first task's, with the merged weights."""
     if all(is_adapter(task.checkpoint) for task in joint.tasks.values()):
-        return _export_adapter(joint, scores, folder, overwrite)
+        return _export_adapter(joint, merged, scores, folder, overwrite)
     prefix = {name: backbone_prefix(name, task.module) for name, task in joint.tasks.items()}
     first = next(iter(joint.tasks.values()))
-    inside = [name for name in joint.shared if name.startswith(prefix[first.name])]
+    inside = [name for name in merged.shared if name.startswith(prefix[first.name])]
     own = [n for n in first.weights if n.startswith(prefix[first.name])]
     if len(set(prefix.values())) > 1 or len(own) != len(inside):
         raise ValueError(
             "export writes one model that all tasks share, and here parameters inside of"
             f" '{prefix[first.name].rstrip('.')}' belong to single tasks; use model(task) instead"
         )
-    merged: Any = model.get_submodule(prefix[first.name].rstrip("."))
+    backbone: Any = model.get_submodule(prefix[first.name].rstrip("."))
     heads = {}
     for name in joint.tasks:
-        state = joint.state_of(name)
+        state = merged.state_of(name)
         heads[name] = {k: v for k, v in state.items() if not k.startswith(prefix[first.name])}
     if tokenizer is None:
         for owner in (first.module, first.data):
             tokenizer = tokenizer or getattr(owner, "tokenizer", None)
-    card = _card(joint, scores, merged.config.name_or_path)
-    return export_huggingface(folder, merged, tokenizer, heads, card, overwrite)
+    card = _card(joint, merged, scores, backbone.config.name_or_path)
+    return export_huggingface(folder, backbone, tokenizer, heads, card, overwrite)
 
 
 def _export_adapter(
     joint: JointMerge,
+    merged: Merged,
     scores: Mapping[str, float],
     folder: str | os.PathLike[str],
     overwrite: bool,
 ) -> Path:
     """The merged adapter; each task's head, in it (`modules_to_save`) or outside, is apart."""
     first = next(iter(joint.tasks.values()))
-    lora = joint.adapter_of(first.name)
+    lora = merged.adapter_of(first.name)
     config = adapter_config(first.checkpoint) if lora is None else lora.config
-    state = joint.state_of(first.name)
-    weights = {adapter_key(n.removeprefix(first.prefix)): state[n] for n in joint.shared}
-    heads = {name: _head(task, joint.state_of(name)) for name, task in joint.tasks.items()}
-    card = _card(joint, scores, config.get("base_model_name_or_path"))
+    state = merged.state_of(first.name)
+    weights = {adapter_key(n.removeprefix(first.prefix)): state[n] for n in merged.shared}
+    heads = {name: _head(task, merged.state_of(name)) for name, task in joint.tasks.items()}
+    card = _card(joint, merged, scores, config.get("base_model_name_or_path"))
     return export_adapter(
         folder,
         # with a task's type peft would expect the head in the file, too
@@ -86,16 +89,18 @@ def _head(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None) -> MergeCard:
+def _card(
+    joint: JointMerge, merged: Merged, scores: Mapping[str, float], base_model: str | None
+) -> MergeCard:
     options = dict(joint.options)
     if set(joint.weights.values()) != {1.0}:
         options["weights"] = joint.weights
     if joint.lora_rank is not None:
         options["lora_rank"] = joint.lora_rank
-    if joint.in_use:
-        options["iterations"] = joint.in_use
-    if joint.refreshed:
-        options["refresh"] = joint.refreshed
+    if merged.in_use:
+        options["iterations"] = merged.in_use
+    if merged.refreshed:
+        options["refresh"] = merged.refreshed
     return MergeCard(
         method=joint.method,
         options=options,
@@ -111,5 +116,5 @@ def _card(joint: JointMerge, scores: Mapping[str, float], base_model: str | None
         base_model=base_model or None,
         versions=versions(),
         scores=scores or None,
-        refreshed=bool(joint.refreshed),
+        refreshed=bool(merged.refreshed),
     )

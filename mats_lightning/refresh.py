@@ -10,13 +10,11 @@ them (labels="teacher"). `measuring` has the two halves of a round for parties t
 their rows.
 """
 
-import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,24 +22,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 
-from mats_lightning.distillation import soft_targets
-from mats_lightning.heads import fit_head
-from mats_lightning.measuring import statistics_at
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
-from mats_lightning.module import MergeModule, load_state
-from mats_lightning.names import plain_name
-from mats_lightning.passes import LossFn
+from mats_lightning.module import MergeModule
 from mats_lightning.rounds import Folder, RefreshPlan, Round
 from mats_lightning.sampled import LogitsFn, choose_fisher
-from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
-from mats_lightning.statistics.record import GRADIENT
-from mats_lightning.tasks import Part, Task
+from mats_lightning.task_rounds import TaskRounds, quiet_trainer
+from mats_lightning.tasks import Part
 
 State = dict[str, Tensor]
 
@@ -82,7 +72,7 @@ def refresh(
     another refresh, and what merging, collecting and fitting raise.
     """
     plan = plan or RefreshPlan()
-    trainer = trainer or _quiet_trainer()
+    trainer = trainer or quiet_trainer()
     if trainer.world_size > 1:
         raise ValueError(
             f"the trainer has {trainer.world_size} devices: a refresh takes its statistics on one;"
@@ -116,18 +106,10 @@ class _Refresh:
         progress: bool,
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
-        self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
         self.device = trainer.strategy.root_device
-        self.quiet = _quiet_trainer(  # tries heads; no logger or callback hears of each
-            accelerator=self.device.type,
-            devices=1 if self.device.index is None else [self.device.index],
-            precision=trainer.precision,
-            limit_val_batches=trainer.limit_val_batches,
-        )
         self.state: State = {}  # the merged parameters, after the rounds that are done
         self.heads: dict[str, State] = {}  # that were fitted to them
-        for task in module.tasks.values():
-            self._batches(task)  # says now where there are none
+        self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
         self.state = module.shared_state()
         if plan.rounds:
@@ -179,7 +161,7 @@ class _Refresh:
 
     def _round(self, number: int, before: list[Round]) -> Round:
         """One round from `self.state`, which is then that after it, like `self.heads`."""
-        statistics = [self._statistics(number, task) for task in self.module.tasks.values()]
+        statistics = self.tasks.statistics(number, self.state, self.folder)
         started = time.perf_counter()
         result = self._step(statistics)
         seconds = {
@@ -227,6 +209,13 @@ class _Refresh:
             weights=list(self.module.task_weights.values()),
         )
 
+    def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
+        """To the weights in place: task -> iterations; the seconds."""
+        started = time.perf_counter()
+        fitted, heads = self.tasks.fit_heads()
+        self.module.replace_heads(heads, self._how(rounds))
+        return fitted, time.perf_counter() - started
+
     def _validate(self) -> float:
         """Puts the scores into the module; the seconds that it took."""
         started = time.perf_counter()
@@ -244,130 +233,6 @@ class _Refresh:
         plan = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan).items()}
         return plan | {"rounds": sum(done.taken for done in rounds)}
 
-    # -- heads -----------------------------------------------------------------------------------
-
-    def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
-        """Each task's own head to the weights in place: task -> iterations; the seconds."""
-        started = time.perf_counter()
-        fitted, heads = {}, {}
-        own = self.module.own_heads()
-        for name in track(own, "fitting heads", disable=not self.progress, transient=True):
-            task = self.module.tasks[name]
-            loss_fn, teacher = (
-                self._teacher(task) if self.plan.labels == "teacher" else (None, None)
-            )
-            with self._on_device(task.module):
-                found = fit_head(
-                    task.module,
-                    self._batches(task),
-                    [
-                        n
-                        for n in map(plain_name, dict(task.module.named_parameters()))
-                        if n in own[name]
-                    ],
-                    iterations=self.plan.heads,
-                    loss_fn=loss_fn,
-                    score=partial(self._score, task),
-                    others=[] if teacher is None else [teacher],
-                )
-            fitted[name], heads[name] = found.iterations, own[name] | found.state  # and buffers
-        self.module.replace_heads(heads, self._how(rounds))
-        return fitted, time.perf_counter() - started
-
-    def _score(self, task: Task) -> float:
-        """Of the task's module as it is now, on validation rows."""
-        with self.module.only(task.name):
-            self.quiet.validate(self.module, verbose=False)
-        task.module.to(self.device)  # the trainer leaves it on the CPU
-        return self.module.scores[task.name]
-
-    def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
-        """The task's own model, and the loss that it gives."""
-        assert self.logits_fn is not None
-        teacher = copy.deepcopy(task.module)
-        load_state(teacher, task.weights)
-        return soft_targets(teacher, self.logits_fn), teacher
-
-    # -- statistics ----------------------------------------------------------------------------
-
-    def _statistics(self, number: int, task: Task) -> Statistics:
-        """Of one task at `self.state`: those in the folder, or taken now."""
-        path = self.folder.sidecar(number, task.name)
-        if not path.exists():
-            started = time.perf_counter()
-            found = self._collected(task)
-            before = self.folder.sidecar(number - 1, task.name)
-            if self.plan.decay and before.exists():
-                found = _with_older(found, load_statistics(before), self.plan.decay)
-            found.info["seconds"] = time.perf_counter() - started
-            save_statistics(found, path)
-        statistics = load_statistics(path)
-        check_belongs(statistics, self.state, f"{path}, of a round that was interrupted")
-        return statistics
-
-    def _collected(self, task: Task) -> Statistics:
-        plan = self.plan
-        options: dict[str, Any] = {}
-        if plan.fisher == "sampled":
-            options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
-        with self._on_device(task.module):
-            if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
-                options["loss_fn"], _ = self._teacher(task)
-            return statistics_at(
-                task.module,
-                self.state,
-                self._batches(task),
-                plan.statistics,
-                max_examples=plan.rows,
-                progress=self.progress,
-                **options,
-            )
-
-    def _batches(self, task: Task) -> Iterable[Any]:
-        if task.name in self.loaders:
-            return self.loaders[task.name]
-        loader = task.dataloader("fit", self.trainer)
-        try:
-            return first_rows(loader, self.plan.rows, self.plan.seed)
-        except ValueError as error:
-            raise ValueError(f"task '{task.name}': {error}") from error
-
-    @contextmanager
-    def _on_device(self, module: pl.LightningModule) -> Iterator[None]:
-        """The trainer leaves modules on the CPU."""
-        module.to(self.device)
-        try:
-            yield
-        finally:
-            module.cpu()
-
-
-def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
-    """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
-
-    However the loader shuffles. Raises ValueError for a loader that rows cannot be picked from.
-    """
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(dataset, Sized) or getattr(loader, "batch_size", None) is None:
-        raise ValueError(
-            f"rows cannot be picked out of its training loader, a {type(loader).__name__}: a"
-            " DataLoader with a batch size over a data set with a length is needed; or pass"
-            " loaders={name: batches}"
-        )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    chosen: Subset[Any] = Subset(loader.dataset, order[:rows].tolist())
-    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
-
-
-def _with_older(found: Statistics, older: Statistics, decay: float) -> Statistics:
-    """Curvature of both, the older one's counts times `decay`; the gradient of the new one."""
-    total = found + older.faded(decay)
-    assert isinstance(total.tensors, dict)
-    for name in found.gradient:
-        key = f"{GRADIENT}/{name}"
-        total.tensors[key] = found.tensors[key] * (total.examples / found.examples)
-    return total
-
 
 def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> State:
     """before + share (after - before); `after` itself for a share of 1, and what is no number."""
@@ -377,13 +242,3 @@ def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: f
         name: before[name].to(value).lerp(value, share) if value.is_floating_point() else value
         for name, value in after.items()
     }
-
-
-def _quiet_trainer(**options: Any) -> pl.Trainer:
-    return pl.Trainer(
-        **{"devices": 1, **options},
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )

@@ -21,7 +21,7 @@ from train_tasks import return_memory, task_module
 from typing_extensions import override
 
 from mats_lightning import MergeModule, RefreshPlan, Task
-from mats_lightning.refresh import first_rows
+from mats_lightning.batches import first_rows
 
 __all__ = ["Rival", "train_rival"]
 

@@ -1,7 +1,6 @@
 """Heads in a refresh: fitted to the merge, to each step, taken back, kept, gone on with."""
 
 import itertools
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +25,13 @@ from test_refresh import (
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mats_lightning import MergeModule, RefreshPlan, refresh
+from mats_lightning import MergeModule, RefreshPlan, refresh, task_rounds
 from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.heads import HeadFit, fit_head
-from mats_lightning.refresh import _Refresh
+from mats_lightning.task_rounds import TaskRounds
 
 __all__ = ["pytestmark", "suite"]  # what a test module has: the warnings, a fixture
 
-REFRESH = sys.modules["mats_lightning.refresh"]  # the function has the module's name
 COUNTS = (1, 5, 20)
 HEAD = ("head.weight", "head.bias")
 
@@ -96,7 +94,7 @@ def test_each_step_has_heads_of_its_own(suite: Suite, monkeypatch: pytest.Monkey
     module = merged(suite, "log", "dict")
     fitted: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # the model, its new head
     measured: list[dict[str, Tensor]] = []
-    measure = _Refresh._statistics
+    measure = TaskRounds._statistics
 
     def noted(model: Any, *args: Any, **options: Any) -> HeadFit:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -104,16 +102,16 @@ def test_each_step_has_heads_of_its_own(suite: Suite, monkeypatch: pytest.Monkey
         fitted.append((before, fit.state))
         return fit
 
-    def noted_statistics(self: _Refresh, number: int, task: Any) -> Any:
+    def noted_statistics(self: TaskRounds, number: int, task: Any, *args: Any) -> Any:
         measured.append(head_of(task.module.state_dict()))
-        return measure(self, number, task)
+        return measure(self, number, task, *args)
 
-    monkeypatch.setattr(REFRESH, "fit_head", noted)
-    monkeypatch.setattr(_Refresh, "_statistics", noted_statistics)
+    monkeypatch.setattr(task_rounds, "fit_head", noted)
+    monkeypatch.setattr(TaskRounds, "_statistics", noted_statistics)
     # the merge, its heads; a worse step, half of it
     seen = taking(monkeypatch, 0.5, 0.6, 0.4, 0.7)
     scores = itertools.count()  # the last candidate wins
-    monkeypatch.setattr(_Refresh, "_score", lambda self, task: float(next(scores)))
+    monkeypatch.setattr(TaskRounds, "_score", lambda self, task: float(next(scores)))
     rounds = refreshed(module, rounds=1, heads=(5,), rows=20)
     assert [done.tried for done in rounds] == [{"0": 0.5}, {"1.0": 0.4, "0.5": 0.7}]
     assert rounds[1].heads == {"log": 5, "dict": 5}
@@ -166,7 +164,7 @@ def test_an_interrupted_refresh_has_the_same_heads(
         return fit_head(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(REFRESH, "fit_head", counted)
+        patch.setattr(task_rounds, "fit_head", counted)
         with pytest.raises(Killed):
             refreshed(merged(suite), folder=tmp_path / "cut", **plan)
     again, finished = merged(suite), merged(suite)
@@ -174,7 +172,7 @@ def test_an_interrupted_refresh_has_the_same_heads(
     assert [(r.scores, r.step, r.heads) for r in found] == [
         (r.scores, r.step, r.heads) for r in rounds
     ]
-    monkeypatch.setattr(REFRESH, "fit_head", None)  # nothing is left to fit
+    monkeypatch.setattr(task_rounds, "fit_head", None)  # nothing is left to fit
     assert refreshed(finished, folder=tmp_path / "cut", **plan) == found
     for task in CLASSES:
         assert_same(again.state_of(task), whole.state_of(task))

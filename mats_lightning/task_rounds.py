@@ -1,0 +1,167 @@
+"""What each task gives to a round of a refresh: its statistics, and its head fitted."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.progress import track
+from torch import Tensor, nn
+
+from mats_lightning.batches import first_rows
+from mats_lightning.distillation import soft_targets
+from mats_lightning.heads import fit_head
+from mats_lightning.measuring import statistics_at
+from mats_lightning.module import MergeModule, load_state
+from mats_lightning.names import plain_name
+from mats_lightning.passes import LossFn
+from mats_lightning.rounds import Folder, RefreshPlan
+from mats_lightning.sampled import LogitsFn
+from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
+from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.record import GRADIENT
+from mats_lightning.tasks import Task
+
+State = dict[str, Tensor]
+
+
+class TaskRounds:
+    """The tasks of a module, on the rows of a plan.
+
+    Arguments: see `refresh`; errors too, of those that its rows raise when this is made.
+    """
+
+    def __init__(
+        self,
+        module: MergeModule,
+        plan: RefreshPlan,
+        trainer: pl.Trainer,
+        logits_fn: LogitsFn | None,
+        loaders: Mapping[str, Iterable[Any]],
+        progress: bool,
+    ) -> None:
+        self.module, self.plan, self.trainer = module, plan, trainer
+        self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
+        self.device = trainer.strategy.root_device
+        self.quiet = quiet_trainer(  # tries heads; no logger or callback hears of each
+            accelerator=self.device.type,
+            devices=1 if self.device.index is None else [self.device.index],
+            precision=trainer.precision,
+            limit_val_batches=trainer.limit_val_batches,
+        )
+        for task in module.tasks.values():
+            self._batches(task)  # says now where there are none
+
+    def fit_heads(self) -> tuple[dict[str, int], dict[str, State]]:
+        """Each task's own head to the weights in place: task -> iterations, task -> head."""
+        fitted, heads = {}, {}
+        own = self.module.own_heads()
+        for name in track(own, "fitting heads", disable=not self.progress, transient=True):
+            task = self.module.tasks[name]
+            loss_fn, teacher = None, None
+            if self.plan.labels == "teacher":
+                loss_fn, teacher = self._teacher(task)
+            trained = map(plain_name, dict(task.module.named_parameters()))
+            with self._on_device(task.module):
+                found = fit_head(
+                    task.module,
+                    self._batches(task),
+                    [n for n in trained if n in own[name]],
+                    iterations=self.plan.heads,
+                    loss_fn=loss_fn,
+                    score=partial(self._score, task),
+                    others=[] if teacher is None else [teacher],
+                )
+            fitted[name], heads[name] = found.iterations, own[name] | found.state  # and buffers
+        return fitted, heads
+
+    def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
+        """Of all tasks at these weights, for this round: those in the folder, or taken now."""
+        return [self._statistics(number, t, state, folder) for t in self.module.tasks.values()]
+
+    def _statistics(self, number: int, task: Task, state: State, folder: Folder) -> Statistics:
+        path = folder.sidecar(number, task.name)
+        if not path.exists():
+            started = time.perf_counter()
+            found = self._collected(task, state)
+            before = folder.sidecar(number - 1, task.name)
+            if self.plan.decay and before.exists():
+                found = with_older(found, load_statistics(before), self.plan.decay)
+            found.info["seconds"] = time.perf_counter() - started
+            save_statistics(found, path)
+        statistics = load_statistics(path)
+        check_belongs(statistics, state, f"{path}, of a round that was interrupted")
+        return statistics
+
+    def _score(self, task: Task) -> float:
+        """Of the task's module as it is now, on validation rows."""
+        with self.module.only(task.name):
+            self.quiet.validate(self.module, verbose=False)
+        task.module.to(self.device)  # the trainer leaves it on the CPU
+        return self.module.scores[task.name]
+
+    def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
+        """The task's own model, and the loss that it gives."""
+        assert self.logits_fn is not None
+        teacher = copy.deepcopy(task.module)
+        load_state(teacher, task.weights)
+        return soft_targets(teacher, self.logits_fn), teacher
+
+    def _collected(self, task: Task, state: State) -> Statistics:
+        plan = self.plan
+        options: dict[str, Any] = {}
+        if plan.fisher == "sampled":
+            options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
+        with self._on_device(task.module):
+            if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
+                options["loss_fn"], _ = self._teacher(task)
+            return statistics_at(
+                task.module,
+                state,
+                self._batches(task),
+                plan.statistics,
+                max_examples=plan.rows,
+                progress=self.progress,
+                **options,
+            )
+
+    def _batches(self, task: Task) -> Iterable[Any]:
+        if task.name in self.loaders:
+            return self.loaders[task.name]
+        loader = task.dataloader("fit", self.trainer)
+        try:
+            return first_rows(loader, self.plan.rows, self.plan.seed)
+        except ValueError as error:
+            raise ValueError(f"task '{task.name}': {error}") from error
+
+    @contextmanager
+    def _on_device(self, module: pl.LightningModule) -> Iterator[None]:
+        """The trainer leaves modules on the CPU."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.cpu()
+
+
+def with_older(found: Statistics, older: Statistics, decay: float) -> Statistics:
+    """Curvature of both, the older one's counts times `decay`; the gradient of the new one."""
+    total = found + older.faded(decay)
+    assert isinstance(total.tensors, dict)
+    for name in found.gradient:
+        key = f"{GRADIENT}/{name}"
+        total.tensors[key] = found.tensors[key] * (total.examples / found.examples)
+    return total
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{"devices": 1, **options},
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )

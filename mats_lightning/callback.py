@@ -1,8 +1,6 @@
-"""MaTSStatsCallback: when to capture, how to resume."""
+"""MaTSStatsCallback: what is captured of a fit, how to resume, what goes beside a checkpoint."""
 
-import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -12,36 +10,28 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from mats_lightning import ranks
 from mats_lightning.accumulation import Accumulation
+from mats_lightning.batch_capture import BatchCapture, BatchOptions
 from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
     MaskFn,
-    Masks,
     attention_mask,
-    batch_size,
     check_loss_modules,
     check_loss_reduction,
     default_masks,
-    loss_divisor,
 )
-from mats_lightning.capture import Capture
-from mats_lightning.cost import Cost
 from mats_lightning.names import plain_name
 from mats_lightning.sampled import (
     Fisher,
     LogitsFn,
-    capture_sampled,
     choose_fisher,
     fisher_info,
-    unchanged_buffers,
 )
 from mats_lightning.saving import follow_checkpoints
 from mats_lightning.sidecar import describe
@@ -51,7 +41,6 @@ from mats_lightning.training import (
     averaging_callback,
     first_epoch,
     refuse_unsupported,
-    resumes_exactly,
 )
 
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
@@ -164,8 +153,6 @@ class MaTSStatsCallback(Callback):
             raise MisconfigurationException(
                 f"factor_dtype={factor_dtype!r}; choose from 'float32', 'bfloat16', None"
             )
-        if loss_scale is not None and not callable(loss_scale):
-            _checked(loss_scale)
         kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         if GRADIENT in kinds:
             raise MisconfigurationException(
@@ -175,31 +162,30 @@ class MaTSStatsCallback(Callback):
         try:
             find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
             check_loss_reduction(loss_reduction)
-            self.sampling = choose_fisher(fisher, logits_fn, seed, draws)
+            sampling = choose_fisher(fisher, logits_fn, seed, draws)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self.batch_options = BatchOptions(
+            loss_reduction=loss_reduction,
+            loss_scale=loss_scale,
+            batch_size_fn=batch_size_fn,
+            sampling=sampling,
+            every_n_batches=every_n_batches,
+            max_examples=max_examples,
+        )
         self.last_n_epochs = last_n_epochs
         self.kinds = kinds
-        self.loss_reduction = loss_reduction
         self.mask_fn = mask_fn
-        self.batch_size_fn = batch_size_fn
         self.max_factor_size = max_factor_size
         self.weight_sharing = weight_sharing
         self.adapted_weights = adapted_weights
         self._masks: MaskFn = attention_mask  # until the model is known
         self.device = None if device is None else torch.device(device)
-        self.loss_scale = loss_scale
-        self.every_n_batches = every_n_batches
-        self.max_examples = max_examples
         self.sidecar = sidecar
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]
         self._fit: Accumulation | None = None  # from on_fit_start on
-        self._capture: Capture | None = None
-        self._captured = False  # a backward pass of this batch
-        self._cost = Cost()
-        self._hooks = ExitStack()
+        self._batches: BatchCapture | None = None  # likewise
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
-        self._resumed: list[int] = []  # the epochs that had been captured in it
         self._group: ProcessGroup | None = None  # the ranks, where there are several
         self._interrupted = False
 
@@ -214,9 +200,9 @@ class MaTSStatsCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unsupported(trainer, pl_module, scale_is_known=self._scale_is_known)
-        self._fit, self._capture, self._restored = None, None, None
-        self._resumed, self._interrupted, self._cost = [], False, Cost()
+        refuse_unsupported(trainer, pl_module, scale_is_known=self.batch_options.scale_is_known)
+        self._fit, self._batches, self._restored = None, None, None
+        self._interrupted = False
         self._group = ranks.new_group()
         of_checkpoint = partial(self._of_checkpoint, trainer)
         follow_checkpoints(trainer, of_checkpoint, self.sidecar == "last", self.factor_dtype)
@@ -237,9 +223,9 @@ class MaTSStatsCallback(Callback):
                 "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
                 f" {type(pl_module).__name__}:\n{coverage.summary()}"
             )
-        if self.sampling is None:
+        if self.batch_options.sampling is None:
             try:
-                check_loss_modules(pl_module, self.loss_reduction)
+                check_loss_modules(pl_module, self.batch_options.loss_reduction)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
         first = first_epoch(trainer, self.last_n_epochs)
@@ -249,12 +235,16 @@ class MaTSStatsCallback(Callback):
                 f"{type(averaging).__name__} saves averaged weights; the statistics are taken"
                 " at the weights that train"
             )
+        resumed: list[int] = []  # the epochs that had been captured in a checkpoint
         if self._restored is not None:
             rank, size = trainer.global_rank, trainer.world_size
             self._fit.restore(self._restored, self.device or pl_module.device, rank, size)
             sums = self._restored["sums"].values()
-            self._resumed = [epoch for fields in sums for epoch in fields["info"]["epochs"]]
+            resumed = [epoch for fields in sums for epoch in fields["info"]["epochs"]]
             self._restored = None
+        self._batches = BatchCapture(
+            self.batch_options, self._fit, self._masks, resumed, note=self._note
+        )
         sets = 1 if first is not None else self.last_n_epochs
         window = (
             f"from epoch {first} on"
@@ -271,136 +261,50 @@ class MaTSStatsCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._hooks.close()
-        self._captured = False
-        wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
-        self._cost.start(wanted)
-        if not wanted:
-            return
-        capture = self._capture_of(trainer, pl_module)
-        before = capture.statistics.examples
-        examples = self.batch_size_fn(batch) if self.batch_size_fn else batch_size(batch)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        masks = Masks.of(self._masks(batch))
-        if self.sampling is not None:
-            with (
-                isolate_rng(),
-                unchanged_buffers(pl_module),
-                trainer.precision_plugin.train_step_context(),
-            ):
-                counted = capture_sampled(
-                    capture,
-                    pl_module,
-                    batch,
-                    self.sampling.logits_fn,
-                    self.sampling.generators(trainer.global_rank, trainer.current_epoch, batch_idx),
-                    examples=examples,
-                    masks=masks,
-                    loss_scale=None if scaler is None else scaler.get_scale(),
-                )
-            self._count(capture, before, counted, trainer.current_epoch)
-            return
-        scale = loss_divisor(self.loss_reduction, batch, examples)
-        scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
-        if scaler is not None:
-            scale /= scaler.get_scale()
-        if self.loss_scale is not None:
-            given = self.loss_scale
-            scale /= _checked(given(batch)) if callable(given) else given
-        self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
+        if self._batches is not None:
+            self._batches.start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if self._capture is not None:
-            self._capture.start_backward()
-        if self._captured and not pl_module.automatic_optimization:
-            self._note("only the first manual_backward of a batch is captured, not those after it")
+        if self._batches is not None:
+            self._batches.start_backward(pl_module)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        capture = self._capture
-        if capture is not None and capture.active and self._fit is not None:
-            self._captured = True
-            before = capture.statistics.examples
-            self._count(capture, before, capture.finish(), trainer.current_epoch)
-        self._hooks.close()
+        if self._batches is not None:
+            self._batches.end_backward(trainer.current_epoch)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        waits = self._capture is not None and self._capture.active
-        if waits and not pl_module.automatic_optimization:  # else the step gave no loss
-            self._note("a batch without a manual_backward is not counted")
-        self._hooks.close()
-        self._cost.end()
+        if self._batches is not None:
+            self._batches.end(pl_module)
 
     @override
     def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._hooks.close()  # the module's on_train_batch_start may have ended the epoch
+        self._close()  # the module's on_train_batch_start may have ended the epoch
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        where = " on rank 0" if trainer.world_size > 1 else ""
-        rank_zero_info(f"statistics{where}: {self._cost}")
+        if self._batches is not None:
+            where = " on rank 0" if trainer.world_size > 1 else ""
+            rank_zero_info(f"statistics{where}: {self._batches.cost}")
 
     @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self._interrupted = True
-        self._hooks.close()
+        self._close()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._hooks.close()
+        self._close()
 
-    # -- decisions ---------------------------------------------------------------------------
-
-    @property
-    def _scale_is_known(self) -> bool:
-        """In manual optimization, too: drawn labels have a loss of their own."""
-        return self.loss_scale is not None or self.sampling is not None
-
-    def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
-        """Whether this batch is captured."""
-        assert self._fit is not None
-        if epoch < (self._fit.first or 0) or batch_idx % self.every_n_batches:
-            return False
-        share = math.inf if self.max_examples is None else self.max_examples / world_size
-        return self._fit.examples_in(epoch) < share
-
-    def _capture_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Capture:
-        """The capture into this epoch's sums."""
-        assert self._fit is not None
-        epoch = trainer.current_epoch
-        if epoch in self._resumed and not resumes_exactly(trainer):
-            self._note(
-                f"resumed in the middle of epoch {epoch} with a data loader that is not"
-                " stateful, or has no length: some rows may count twice, others not at all"
-            )
-        self._resumed = []
-        statistics = self._fit.record(epoch)
-        if self._capture is None or self._capture.statistics is not statistics:
-            self._capture = Capture(self._fit.coverage, statistics)
-            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
-                self._note(
-                    "batch normalisation in training mode couples the examples of a batch:"
-                    " statistics of the layers before it are not exact"
-                )
-        return self._capture
-
-    def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
-        """After a batch has been captured: what `max_examples` bounds, and the cost is of."""
-        assert self._fit is not None
-        if not counted:
-            self._note(
-                f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
-                " counted"
-            )
-        examples = capture.statistics.examples - before
-        self._fit.examples += examples
-        self._cost.examples += examples
+    def _close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
 
     def _note(self, *notes: str) -> None:
         assert self._fit is not None
@@ -420,7 +324,7 @@ class MaTSStatsCallback(Callback):
     def _state(self, fit: Accumulation) -> dict[str, Any]:
         return {
             "kinds": list(self.kinds),
-            "fisher": fisher_info(self.sampling),
+            "fisher": fisher_info(self.batch_options.sampling),
             **fit.state(),
         }
 
@@ -431,7 +335,7 @@ class MaTSStatsCallback(Callback):
                 f"the checkpoint's statistics are {state_dict['kinds']}, this callback takes"
                 f" {list(self.kinds)}: resume with the same choice"
             )
-        fisher = fisher_info(self.sampling)
+        fisher = fisher_info(self.batch_options.sampling)
         if state_dict["fisher"] != fisher:
             raise MisconfigurationException(
                 f"the checkpoint's statistics are of {state_dict['fisher']}, this callback takes"
@@ -459,31 +363,22 @@ class MaTSStatsCallback(Callback):
             checkpoint["callbacks"][self.state_key] = self._state(everything)
         if incomplete:
             return None
-        statistics = everything.statistics
+        statistics, options = everything.statistics, self.batch_options
         weights = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
         info = describe(
             everything.coverage,
             statistics,
             weights,
-            loss_reduction="sum" if self.sampling else self.loss_reduction,
+            loss_reduction="sum" if options.sampling else options.loss_reduction,
             mask=self._masks,
             mode="train",
             kinds=list(self.kinds),
             epochs=everything.epochs,
             global_step=trainer.global_step,
-            every_n_batches=self.every_n_batches,
-            max_examples=self.max_examples,
+            every_n_batches=options.every_n_batches,
+            max_examples=options.max_examples,
             skipped_batches=everything.skipped_batches,
             notes=everything.notes,
-            **fisher_info(self.sampling),
+            **fisher_info(options.sampling),
         )
         return replace(statistics, info=info)
-
-
-def _checked(loss_scale: float) -> float:
-    """Raises MisconfigurationException for what no loss can have been multiplied by."""
-    if not 0 < loss_scale < math.inf:
-        raise MisconfigurationException(
-            f"loss_scale={loss_scale}; it must be a positive number, what the loss is multiplied by"
-        )
-    return float(loss_scale)

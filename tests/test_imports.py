@@ -26,11 +26,18 @@ ALLOWED: dict[str, set[str]] = {
     "saving": {"sidecar", "statistics"},
     "training": set(),
     "cost": set(),
-    "callback": {
+    "batch_capture": {
         "accumulation",
         "batches",
         "capture",
         "cost",
+        "sampled",
+        "training",
+    },
+    "callback": {
+        "accumulation",
+        "batch_capture",
+        "batches",
         "names",
         "ranks",
         "sampled",
@@ -135,6 +142,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": set(),
 }
 KNOW_LIGHTNING = {
+    "batch_capture",
     "callback",
     "collect",
     "evaluation",

@@ -1,0 +1,187 @@
+"""BatchCapture: which batches of a fit are captured, and each from its start to its end."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mats_lightning.accumulation import Accumulation
+from mats_lightning.batches import (
+    BatchSizeFn,
+    LossReduction,
+    MaskFn,
+    Masks,
+    batch_size,
+    loss_divisor,
+)
+from mats_lightning.capture import Capture
+from mats_lightning.cost import Cost
+from mats_lightning.sampled import Sampling, capture_sampled, unchanged_buffers
+from mats_lightning.training import resumes_exactly
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What is said of the batches and their loss; the arguments of MaTSStatsCallback."""
+
+    loss_reduction: LossReduction
+    loss_scale: float | Callable[[Any], float] | None
+    batch_size_fn: BatchSizeFn | None
+    sampling: Sampling | None
+    every_n_batches: int
+    max_examples: int | None
+
+    def __post_init__(self) -> None:
+        if self.loss_scale is not None and not callable(self.loss_scale):
+            checked_scale(self.loss_scale)
+
+    @property
+    def scale_is_known(self) -> bool:
+        """In manual optimization, too: drawn labels have a loss of their own."""
+        return self.loss_scale is not None or self.sampling is not None
+
+
+class BatchCapture:
+    """Captures batches of a fit into its sums.
+
+    Arguments:
+        options: see there.
+        fit: the sums.
+        masks: of a batch.
+        resumed: the epochs that had been captured in the checkpoint that the fit resumes from.
+        note: is told what the sidecar is to say.
+    """
+
+    def __init__(
+        self,
+        options: BatchOptions,
+        fit: Accumulation,
+        masks: MaskFn,
+        resumed: Sequence[int],
+        note: Callable[[str], None],
+    ) -> None:
+        self.cost = Cost()
+        self._options, self._fit, self._masks, self._note = options, fit, masks, note
+        self._resumed = resumed
+        self._capture: Capture | None = None
+        self._captured = False  # a backward pass of this batch
+        self._hooks = ExitStack()
+
+    def start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the training step: labels are drawn here, or hooks wait for the step's own."""
+        self._hooks.close()
+        self._captured = False
+        wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
+        self.cost.start(wanted)
+        if not wanted:
+            return
+        options, capture = self._options, self._capture_of(trainer, pl_module)
+        before = capture.statistics.examples
+        examples = options.batch_size_fn(batch) if options.batch_size_fn else batch_size(batch)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        masks = Masks.of(self._masks(batch))
+        if (sampling := options.sampling) is not None:
+            with (
+                isolate_rng(),
+                unchanged_buffers(pl_module),
+                trainer.precision_plugin.train_step_context(),
+            ):
+                counted = capture_sampled(
+                    capture,
+                    pl_module,
+                    batch,
+                    sampling.logits_fn,
+                    sampling.generators(trainer.global_rank, trainer.current_epoch, batch_idx),
+                    examples=examples,
+                    masks=masks,
+                    loss_scale=None if scaler is None else scaler.get_scale(),
+                )
+            self._count(capture, before, counted, trainer.current_epoch)
+            return
+        scale = loss_divisor(options.loss_reduction, batch, examples)
+        scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
+        if scaler is not None:
+            scale /= scaler.get_scale()
+        if (given := options.loss_scale) is not None:
+            scale /= checked_scale(given(batch)) if callable(given) else given
+        self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
+
+    def start_backward(self, pl_module: pl.LightningModule) -> None:
+        if self._capture is not None:
+            self._capture.start_backward()
+        if self._captured and not pl_module.automatic_optimization:
+            self._note("only the first manual_backward of a batch is captured, not those after it")
+
+    def end_backward(self, epoch: int) -> None:
+        capture = self._capture
+        if capture is not None and capture.active:
+            self._captured = True
+            before = capture.statistics.examples
+            self._count(capture, before, capture.finish(), epoch)
+        self._hooks.close()
+
+    def end(self, pl_module: pl.LightningModule) -> None:
+        waits = self._capture is not None and self._capture.active
+        if waits and not pl_module.automatic_optimization:  # else the step gave no loss
+            self._note("a batch without a manual_backward is not counted")
+        self._hooks.close()
+        self.cost.end()
+
+    def close(self) -> None:
+        """Whatever ended the batch: hooks go, and nothing of it counts."""
+        self._hooks.close()
+
+    def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
+        """Whether this batch is captured."""
+        options = self._options
+        if epoch < (self._fit.first or 0) or batch_idx % options.every_n_batches:
+            return False
+        share = math.inf if options.max_examples is None else options.max_examples / world_size
+        return self._fit.examples_in(epoch) < share
+
+    def _capture_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Capture:
+        """The capture into this epoch's sums."""
+        epoch = trainer.current_epoch
+        if epoch in self._resumed and not resumes_exactly(trainer):
+            self._note(
+                f"resumed in the middle of epoch {epoch} with a data loader that is not"
+                " stateful, or has no length: some rows may count twice, others not at all"
+            )
+        self._resumed = []
+        statistics = self._fit.record(epoch)
+        if self._capture is None or self._capture.statistics is not statistics:
+            self._capture = Capture(self._fit.coverage, statistics)
+            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
+                self._note(
+                    "batch normalisation in training mode couples the examples of a batch:"
+                    " statistics of the layers before it are not exact"
+                )
+        return self._capture
+
+    def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
+        """After a batch has been captured: what `max_examples` bounds, and the cost is of."""
+        if not counted:
+            self._note(
+                f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
+                " counted"
+            )
+        examples = capture.statistics.examples - before
+        self._fit.examples += examples
+        self.cost.examples += examples
+
+
+def checked_scale(loss_scale: float) -> float:
+    """Raises MisconfigurationException for what no loss can have been multiplied by."""
+    if not 0 < loss_scale < math.inf:
+        raise MisconfigurationException(
+            f"loss_scale={loss_scale}; it must be a positive number, what the loss is multiplied by"
+        )
+    return float(loss_scale)

@@ -35,8 +35,17 @@ class Classifier(L.LightningModule):
 
     With an adapter its parameters and the head alone are trained.
 
-    A subclass says in `pool` what the vector is, and in `width` how long. Its arguments are those
-    of TextClassifier.
+    A subclass says in `pool` what the vector is, and in `width` how long.
+
+    Args:
+        num_classes: outputs of the head.
+        backbone: a hub id, a local folder, or a package (see packages.py).
+        learning_rate: at its highest.
+        weight_decay: of AdamW.
+        head_seed: the head's start depends on it alone: tasks that are to share a head can begin
+            with the same one.
+        adapter: "ia3" or "lora" of peft; None trains the whole backbone.
+        adapter_options: of peft's configuration of this adapter (see adapters.py).
     """
 
     def __init__(

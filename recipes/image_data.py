@@ -35,11 +35,7 @@ class ImageData(LabelledData):
         model: the model that the images are prepared for: a hub id, a local folder, or
             "package:dinov2-small".
         image_size: width and height in pixels.
-        batch_size: rows of a batch.
-        train_rows: rows of the training slice; None takes the whole split.
-        validation_rows: rows of the validation slice.
-        test_rows: rows of the test slice.
-        seed: of the splits and the slices.
+        options: those of LabelledData.
     """
 
     tasks = TASKS
@@ -51,13 +47,9 @@ class ImageData(LabelledData):
         hub: HubDataset | None = None,
         model: str = "package:dinov2-small",
         image_size: int = 56,
-        batch_size: int = 32,
-        train_rows: int | None = 2000,
-        validation_rows: int | None = 200,
-        test_rows: int | None = 600,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(task, hub, model, batch_size, train_rows, validation_rows, test_rows, seed)
+        super().__init__(task, hub, model, **options)
         self.image_size = image_size
 
     @override

@@ -1,7 +1,6 @@
 """An image classifier: any vision transformer of the hub, or a CNN, under a linear head."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,33 +24,13 @@ class ImageClassifier(Classifier):
         num_classes: outputs of the head.
         backbone: a hub id, a local folder, or "package:dinov2-small" or
             "package:efficientnet-lite0" (see packages.py).
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
-        head_seed: the head's start depends on it alone: tasks that are to share a head can begin
-            with the same one.
-        adapter: "ia3" or "lora" of peft; None trains the whole backbone.
-        adapter_options: of peft's configuration of this adapter (see adapters.py).
+        options: those of Classifier.
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "package:dinov2-small",
-        learning_rate: float = 1e-4,
-        weight_decay: float = 0.01,
-        head_seed: int = 0,
-        adapter: str | None = None,
-        adapter_options: Mapping[str, Any] | None = None,
+        self, num_classes: int, backbone: str = "package:dinov2-small", **options: Any
     ) -> None:
-        super().__init__(
-            num_classes,
-            backbone,
-            learning_rate,
-            weight_decay,
-            head_seed,
-            adapter,
-            adapter_options,
-        )
+        super().__init__(num_classes, backbone, **options)
         named = [name for name, _ in self.backbone.named_parameters()]
         if not self.convolutional and not any(name.endswith("cls_token") for name in named):
             raise MisconfigurationException(

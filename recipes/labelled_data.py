@@ -47,6 +47,16 @@ class LabelledData(L.LightningDataModule):
     together, and not at all where its labels contradict each other. Which split a row belongs to
     depends on `seed` alone: other numbers of rows are longer or shorter slices of the same
     splits, so no run tests on what another one trained on.
+
+    Args:
+        task: a name of `tasks`.
+        hub: any other data set.
+        model: a hub id, a local folder, or a package: whose tokenizer or image processor is used.
+        batch_size: rows of a batch.
+        train_rows: rows of the training slice; None takes the whole split.
+        validation_rows: rows of the validation slice.
+        test_rows: rows of the test slice.
+        seed: of the splits and the slices.
     """
 
     tasks: ClassVar[Mapping[str, PackagedTask]]
@@ -57,11 +67,11 @@ class LabelledData(L.LightningDataModule):
         task: str | None,
         hub: HubDataset | None,
         model: str,
-        batch_size: int,
-        train_rows: int | None,
-        validation_rows: int | None,
-        test_rows: int | None,
-        seed: int,
+        batch_size: int = 32,
+        train_rows: int | None = 2000,
+        validation_rows: int | None = 200,
+        test_rows: int | None = 600,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         kind = type(self).__name__

@@ -28,11 +28,7 @@ class TextData(LabelledData):
         hub: where another data set is, and what its columns are called.
         model: the model whose tokenizer is used: a hub id, a local folder, or "package:minilm".
         max_length: texts are cut to this number of tokens.
-        batch_size: rows of a batch; each batch is padded to its own longest row.
-        train_rows: rows of the training slice; None takes the whole split.
-        validation_rows: rows of the validation slice.
-        test_rows: rows of the test slice.
-        seed: of the splits and the slices.
+        options: those of LabelledData.
     """
 
     tasks = TASKS
@@ -44,13 +40,9 @@ class TextData(LabelledData):
         hub: HubDataset | None = None,
         model: str = "package:minilm",
         max_length: int = 64,
-        batch_size: int = 32,
-        train_rows: int | None = 2000,
-        validation_rows: int | None = 200,
-        test_rows: int | None = 600,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(task, hub, model, batch_size, train_rows, validation_rows, test_rows, seed)
+        super().__init__(task, hub, model, **options)
         self.max_length = max_length
 
     @override

@@ -1,9 +1,11 @@
 """JointMerge: tasks and a method in; what is merged together; `Merged` out."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "regmean": merging.regmean,
     "mats": merging.mats,
 }
+OF_CURVATURE = ("fisher", "regmean", "mats")  # have no scale of their own
 OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare", "iso_c", "tsv_m")  # need the start
 # what a method without a choice of its own takes
 STATISTICS = {"fisher": ("diagonal_fisher",), "regmean": ("gram",)}
@@ -69,8 +72,11 @@ class JointMerge:
         self._pretrained_heads = pretrained_heads
         self.weights = self._task_weights()
         self.lora_rank: int | None = None  # that merged products get as factors
+        self.scale: float | None = None  # of the merged task vector
         if method in METHODS:
             self.lora_rank = self.options.pop("lora_rank", None)
+        if method in OF_CURVATURE:
+            self.scale = self.options.pop("scale", None)
         self._check_arguments()
 
     def run(self, device: torch.device | str = "cpu", progress: bool = True) -> Merged:
@@ -132,10 +138,8 @@ class JointMerge:
     ) -> dict[int, MergeResult]:
         """The states by iteration count."""
         thetas = [Part(self.tasks[member].weights, part.names, device) for member in part.tasks]
-        options = self._options_of(part.tasks, part.names)
-        if self._takes("pretrained"):
-            options["pretrained"] = self._start_of(name, device)
-        return self._merge(name, part, thetas, options, progress)
+        options, start = self._options_of(part.tasks, part.names), self._start_of(name, device)
+        return self._merge(name, part, thetas, start, options, progress)
 
     def _merge_products(
         self, part: PartOfTasks, device: torch.device, progress: bool
@@ -143,10 +147,8 @@ class JointMerge:
         """LoRA adapters merged as what they add to the weights, and made into factors again."""
         adapters = [factors_of(task) for task in self.tasks.values()]
         thetas = product_models(adapters, device)
-        options = self._options_of(part.tasks, list(thetas[0]))
-        if self._takes("pretrained"):
-            options["pretrained"] = product_start(thetas[0])
-        states = self._merge(SHARED, part, thetas, options, progress)
+        options, start = self._options_of(part.tasks, list(thetas[0])), product_start(thetas[0])
+        states = self._merge(SHARED, part, thetas, start, options, progress)
         assert self.lora_rank is not None
         return refactored(
             states, self.lora_rank, adapters, options.get("statistics", []), options["weights"]
@@ -169,10 +171,13 @@ class JointMerge:
         name: str,
         part: PartOfTasks,
         thetas: Sequence[Weights],
+        start: Weights | None,
         options: dict[str, Any],
         progress: bool,
     ) -> dict[int, MergeResult]:
-        """By iteration count."""
+        """The states by iteration count, as long as they are to be."""
+        if self._takes("pretrained"):
+            options["pretrained"] = start
         with ExitStack() as stack:
             if self._takes("on_block") and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {name}"))
@@ -181,15 +186,26 @@ class JointMerge:
             except ValueError as error:
                 order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
                 raise ValueError(f"{self.method} of the {name}: {error} ({order})") from error
+        states = self._states(result, list(thetas[0]), options.get("statistics", []))
+        if self.scale is not None:
+            assert start is not None
+            for count, state in states.items():
+                longer = merging.rescale(state.state_dict, start, self.scale)
+                states[count] = replace(state, state_dict=longer)
+        return states
+
+    def _states(
+        self, result: Any, names: list[str], statistics: list[Statistics]
+    ) -> dict[int, MergeResult]:
+        """What a merge function returned, by iteration count."""
         if isinstance(result, MergeResult):
             return {self._counts[0]: result}
         if self.method == "mats":
             assert isinstance(result, dict)
-            return result
+            return dict(result)
         uncovered: list[str] = []
         if self.method in STATISTICS:
-            names = list(thetas[0])
-            covered = covering_statistics(names, STATISTICS[self.method], options["statistics"])
+            covered = covering_statistics(names, STATISTICS[self.method], statistics)
             uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
         return {0: MergeResult(result, uncovered=uncovered)}
 
@@ -236,6 +252,7 @@ class JointMerge:
     def _needs_start(self) -> bool:
         return (
             self.method in ("pretrained", *OF_TASK_VECTORS)
+            or self.scale is not None
             or self.options.get("init") == "pretrained"
             or self.options.get("uncovered") == "pretrained"
         )
@@ -267,16 +284,20 @@ class JointMerge:
         ours = {"thetas", "statistics", "pretrained", "weights", "on_block"}
         signature = inspect.signature(METHODS[self.method]) if self.method in METHODS else None
         known_options = set(signature.parameters) - ours if signature else set()
-        listed = sorted({*known_options, "lora_rank"} if signature else [])
+        scale = {"scale"} if self.method in OF_CURVATURE else set()
+        listed = sorted({*known_options, *scale, "lora_rank"} if signature else [])
         if unknown := sorted(set(self.options) - known_options):
             raise ValueError(
                 f"{self.method} has no option '{unknown[0]}'; it has {', '.join(listed) or 'none'}"
             )
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale}: a finite number is needed")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank}: an adapter has 1 at least")
         if self.lora_rank is None and self._needs_start() and self._pretrained is None:
+            given = self.options | ({} if self.scale is None else {"scale": self.scale})
             raise ValueError(
-                f"method '{self.method}' with {self.options} needs the model that the tasks"
+                f"method '{self.method}' with {given} needs the model that the tasks"
                 " started from: pass pretrained=<state dict or path>"
             )
 

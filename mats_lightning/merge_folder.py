@@ -95,6 +95,8 @@ def _card(
     options = dict(joint.options)
     if set(joint.weights.values()) != {1.0}:
         options["weights"] = joint.weights
+    if joint.scale is not None:
+        options["scale"] = joint.scale
     if joint.lora_rank is not None:
         options["lora_rank"] = joint.lora_rank
     if merged.in_use:

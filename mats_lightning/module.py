@@ -44,13 +44,15 @@ class MergeModule(TaskEvaluation):
             individual or pretrained, the rows that a comparison needs.
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
-            `lora_rank`, of every method, merges LoRA adapters as their products (what they add
-            to the weights), which are made into factors of this rank by an SVD; it is weighted
-            with the statistics, which need `adapted_weights=True`, where the method takes some.
+            `scale`, of fisher, regmean and mats, makes the merged task vector longer or shorter
+            (`merging.rescale`). `lora_rank`, of every method, merges LoRA adapters as their
+            products (what they add to the weights), which are made into factors of this rank by an
+            SVD; it is weighted with the statistics, which need `adapted_weights=True`, where the
+            method takes some.
         pretrained: the model that all tasks started from (a state dict, or a path that
             `load_weights` reads); needed by pretrained, the methods of task vectors
-            (task_arithmetic, ties, dare, iso_c, tsv_m), and the options init="pretrained" and
-            uncovered="pretrained".
+            (task_arithmetic, ties, dare, iso_c, tsv_m), and the options scale, init="pretrained"
+            and uncovered="pretrained".
         pretrained_heads: head group -> state dict of the head that it started from.
         individual: task -> primary metric of its own model, as `scores` of a MergeModule with
             method="individual" gives it.

@@ -89,6 +89,22 @@ def test_products_are_merged_and_refactored_with_the_statistics(tmp_path: Path) 
     assert all(name.endswith("base_layer.weight") for name in module.blocks)
 
 
+def test_the_length_of_merged_products(tmp_path: Path) -> None:
+    """A product has no start but zero."""
+    pair = tasks(tmp_path)
+    options: dict[str, Any] = {"lora_rank": 8, "iterations": 2}
+    added = {}
+    for scale in (1.0, 1.5):
+        module = MergeModule(pair, "mats", {**options, "scale": scale})
+        module.merge(progress=False)
+        layers = dict(module.model("bert1").named_modules())
+        name, layer = next((n, x) for n, x in layers.items() if hasattr(x, "lora_A"))
+        found: Any = layer
+        added[scale] = found.get_delta_weight("default")
+        assert name and added[scale].abs().max() > 1e-4
+    torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=1e-3, atol=1e-6)
+
+
 def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:
     """Other merges of the same tasks find their modules as they need them."""
     pair = tasks(tmp_path)

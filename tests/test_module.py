@@ -409,6 +409,36 @@ def test_options_mean_what_they_mean_to_the_function(
         assert_equal(module.model(name).state_dict(), {**expected, **own})
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
+def test_a_scale_is_that_of_what_was_merged(suite: Suite, method: str) -> None:
+    """Of the shared parameters, and of the head of a group."""
+    tasks = suite.tasks()
+    for task in tasks:
+        task.head_group = "polarity" if task.name in GROUP else None
+    options: dict[str, Any] = {"iterations": [1, 3]} if method == "mats" else {}
+    plain = MergeModule(tasks, method, options)
+    longer = MergeModule(
+        tasks,
+        method,
+        {**options, "scale": 1.7},
+        pretrained=suite.pretrained,
+        pretrained_heads={"polarity": suite.head},
+    )
+    for count in options.get("iterations", [0]):
+        plain.use(count)
+        longer.use(count)
+        for name in CLASSES:
+            merged, found = plain.state_of(name), longer.state_of(name)
+            starts = {**suite.pretrained, **(suite.head if name in GROUP else {})}
+            for key, value in merged.items():
+                start = starts.get(key)
+                expected = value if start is None else start + 1.7 * (value - start)
+                torch.testing.assert_close(found[key], expected)
+        assert differ(plain.shared_state(), longer.shared_state())
+    with pytest.raises(ValueError, match="start of the head group 'polarity'"):
+        MergeModule(tasks, method, {"scale": 1.7}, pretrained=suite.pretrained).merge()
+
+
 def test_weights_change_the_merge(suite: Suite) -> None:
     plain = MergeModule(suite.tasks(), "average").state_of("log")
     weighted = MergeModule(suite.tasks(), "average", {"weights": WEIGHTS}).state_of("log")
@@ -842,7 +872,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "avrage"}, "no method is called 'avrage'; choose from average, task_ar"),
     "option": (
         {"method": "fisher", "options": {"iterations": 3}},
-        "fisher has no option 'iterations'; it has floor, lora_rank, normalize, uncovered",
+        "fisher has no option 'iterations'; it has floor, lora_rank, normalize, scale, uncovered",
     ),
     "option of a reference": (
         {"method": "individual", "options": {"scale": 3}},
@@ -854,6 +884,12 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "'ties' .* needs the model that the tasks started from: pass pretrained=",
     ),
     "init": ({"options": {"init": "pretrained"}}, "'mats' .* pass pretrained="),
+    "scale": ({"options": {"scale": 1.5}}, "'mats' with {'scale': 1.5} .* pass pretrained="),
+    "scale of none": (
+        {"method": "average", "options": {"scale": 1.5}},
+        "average has no option 'scale'; it has lora_rank",
+    ),
+    "no number": ({"options": {"scale": float("nan")}}, "scale=nan: a finite number"),
     "unknown weight": (
         {"options": {"weights": {"log": 1, "dict": 1, "dcit": 2}}},
         r"options\['weights'\]: 'dcit' is no task, or has no weight; the tasks are log, dict",

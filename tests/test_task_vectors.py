@@ -14,6 +14,7 @@ from mats_lightning.merging import (
     drop_and_rescale,
     iso_c,
     regmean,
+    rescale,
     task_arithmetic,
     ties,
     tsv_m,
@@ -352,3 +353,38 @@ def test_buffers_are_not_dropped() -> None:
 def test_other_drop_rates_are_refused(rate: float) -> None:
     with pytest.raises(ValueError, match=r"drop_rate=.* lies in \[0, 1\)"):
         dare(THETAS, START, rate, 0.3, seed=0)
+
+
+def test_a_merge_is_made_longer() -> None:
+    merged = average(THETAS)
+    for scale in (0.0, 0.5, 1.0, 2.5):
+        found = rescale(merged, START, scale)
+        for name in SHAPES:
+            start, theta = START[name].numpy(), merged[name].numpy()
+            assert_close(found[name].numpy(), start + scale * (theta - start))
+        summed = task_arithmetic(THETAS, START, scale / len(THETAS))
+        for name in SHAPES:
+            assert_close(found[name], summed[name])
+
+
+def test_what_is_counted_keeps_its_value_and_a_dtype_stays() -> None:
+    merged = {
+        "norm.running_mean": torch.tensor([3.0]),
+        "norm.running_var": torch.tensor([0.1]),
+        "norm.num_batches_tracked": torch.tensor(7),
+        "half.weight": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    }
+    start = {name: torch.zeros_like(value) for name, value in merged.items()}
+    start["norm.running_var"] += 9.0
+    found = rescale(merged, {**start, "head.weight": torch.ones(2)}, 2.0)
+    assert list(found) == list(merged)
+    for name in list(merged)[:3]:
+        assert torch.equal(found[name], merged[name])
+    assert torch.equal(found["half.weight"], torch.tensor([2.0, 4.0], dtype=torch.bfloat16))
+
+
+def test_a_length_that_is_no_number_and_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale=inf: a finite number"):
+        rescale(THETAS[0], START, float("inf"))
+    with pytest.raises(ValueError, match="the pretrained model"):
+        rescale(THETAS[0], {"wide.bias": START["wide.bias"]}, 1.0)

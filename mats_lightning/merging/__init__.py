@@ -7,6 +7,7 @@ from mats_lightning.merging.iso_c import iso_c
 from mats_lightning.merging.mats import Block, MergeResult, mats
 from mats_lightning.merging.refresh_step import refresh_step
 from mats_lightning.merging.regmean import regmean
+from mats_lightning.merging.rescale import rescale
 from mats_lightning.merging.task_arithmetic import task_arithmetic
 from mats_lightning.merging.ties import ties
 from mats_lightning.merging.tsv_m import tsv_m
@@ -22,6 +23,7 @@ __all__ = [
     "mats",
     "refresh_step",
     "regmean",
+    "rescale",
     "task_arithmetic",
     "ties",
     "tsv_m",

@@ -1,0 +1,32 @@
+"""The length of a merge: its task vector, as a whole, made longer or shorter."""
+
+import math
+
+from torch import Tensor
+
+from mats_lightning.merging.models import Weights, check_models, merge_dtype, of_batch_norm
+
+
+def rescale(merged: Weights, pretrained: Weights, scale: float) -> dict[str, Tensor]:
+    """theta_0 + scale (theta - theta_0), for what any method merged to.
+
+    Task arithmetic and its heirs choose such a scale (Ilharco et al., arXiv 2212.04089). A mean by
+    curvature can need one as well: the curvature of the other tasks holds back what one task has
+    changed, so that the merged task vector is shorter than the tasks' own. Counters and running
+    statistics stay as they were merged.
+
+    Raises ValueError for models that do not fit together, or a scale that is no number.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: a finite number is needed")
+    check_models([merged], pretrained)
+    scaled = {}
+    for name in merged:
+        theta, start = merged[name], pretrained[name]
+        if not theta.is_floating_point() or of_batch_norm(name, merged):
+            scaled[name] = theta
+            continue
+        dtype = merge_dtype([theta, start])
+        first = start.detach().to(theta.device, dtype)
+        scaled[name] = (first + scale * (theta.to(dtype) - first)).to(theta.dtype)
+    return scaled

@@ -218,8 +218,9 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(damped)
     if bool(info.any()):
+        damped_by = f" with damping {damping:.1e}" if damping else ""
         raise ValueError(
-            f"a {tuple(matrix.shape)} matrix with damping {damping:.1e} is not positive definite:"
-            " raise the damping, or scale the off-diagonal below 1"
+            f"a {tuple(matrix.shape)} matrix{damped_by} is not positive definite: raise the"
+            " damping, or scale the off-diagonal below 1"
         )
     return factor

@@ -421,7 +421,7 @@ def test_two_kronecker_inverse_where_one_task_has_no_curvature() -> None:
 
 def test_two_kronecker_inverse_refuses_a_singular_sum() -> None:
     a, g = positive(5), of_rank(4, 2, 1)
-    with pytest.raises(ValueError, match=r"a \(4, 4\) matrix .* is not positive definite"):
+    with pytest.raises(ValueError, match=r"a \(4, 4\) matrix.* is not positive definite"):
         two_kronecker_inverse((a, a), (g, g - 1e-3 * torch.eye(4, dtype=g.dtype)), 0.0)
     with pytest.raises(ValueError, match=r"\(4, 4\) matrix with damping 2.0e-09 is not positive"):
         two_kronecker_inverse((a, a), (g, g - 1e-3 * torch.eye(4, dtype=g.dtype)), 1e-9)

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
 from mats_lightning.merging.blocks import covering_statistics
 from mats_lightning.merging.models import check_models, check_weights, names_with
+from mats_lightning.merging.rescale import rescaled
 from mats_lightning.products import (
     Refactored,
     factors_of,
@@ -106,7 +106,14 @@ class JointMerge:
                 else:
                     states[name] = self._merge_part(name, part, device, progress)
         return Merged(
-            self.method, self.tasks, parts, states, self._counts, products, unmerged=unmerged
+            self.method,
+            self.tasks,
+            parts,
+            states,
+            self._counts,
+            products,
+            lora_rank=self.lora_rank,
+            unmerged=unmerged,
         )
 
     def _parts(self) -> dict[str, PartOfTasks]:
@@ -189,9 +196,9 @@ class JointMerge:
         states = self._states(result, list(thetas[0]), options.get("statistics", []))
         if self.scale is not None:
             assert start is not None
-            for count, state in states.items():
-                longer = merging.rescale(state.state_dict, start, self.scale)
-                states[count] = replace(state, state_dict=longer)
+            for state in states.values():
+                for name, longer in rescaled(state.state_dict, start, self.scale):
+                    state.state_dict[name] = longer  # one at a time: never two whole models
         return states
 
     def _states(

@@ -33,7 +33,8 @@ class Merged:
         parts: SHARED, and one a head group of several members.
         states: part -> iteration count -> state; empty for a method that merges nothing.
         counts: the iteration counts; the largest is in use.
-        products: by count, where products of LoRA factors were merged.
+        products, lora_rank: by count, and of which rank, where products of LoRA factors were
+            merged.
         unmerged: what is in the place of the shared parameters where nothing is merged; by default
             each task's own.
     """
@@ -46,12 +47,13 @@ class Merged:
         states: Mapping[str, Mapping[int, MergeResult]],
         counts: Sequence[int],
         products: Mapping[int, Refactored] | None = None,
+        lora_rank: int | None = None,
         unmerged: Weights | None = None,
     ) -> None:
         self._method, self._tasks, self._parts = method, tasks, parts
         self._states = {part: dict(own) for part, own in states.items()}
         self._counts = counts
-        self._products = products or {}
+        self._products, self._lora_rank = products or {}, lora_rank
         self._unmerged = unmerged
         self._heads: dict[str, dict[str, Tensor]] = {}  # task -> what was put in for its own head
         self.in_use = max(counts)  # the iteration count whose state is given out
@@ -65,7 +67,8 @@ class Merged:
             raise ValueError(f"no task is named '{task}'; there are {', '.join(self._tasks)}")
         state = dict(self._tasks[task].weights)
         if self._unmerged is not None:
-            state |= {name: self._unmerged[name] for name in self.shared}
+            own = self._tasks[task]
+            state |= {name: self._unmerged[name] for name in state if not own.owns(name)}
         for name, part in self._parts.items():
             if name in self._states and task in part.tasks:
                 state |= self._states[name][self.in_use].state_dict
@@ -140,11 +143,11 @@ class Merged:
             raise ValueError(
                 f"'{self._method}' merges nothing: there is no merged state to replace"
             )
-        if self._products:
+        if self._lora_rank is not None:
             raise ValueError(
-                "lora_rank merges the products of LoRA factors, and what it makes of them are no"
-                " task's own factors: nothing can be put in their place. To refresh a merge of"
-                " adapters, merge factor by factor (no lora_rank)"
+                f"lora_rank={self._lora_rank} merges the products of LoRA factors, and what it"
+                " makes of them are no task's own factors: nothing can be put in their place. To"
+                " refresh a merge of adapters, merge factor by factor (no lora_rank)"
             )
         check_models([self._states[SHARED][self.in_use].state_dict, result.state_dict])
         self._states[SHARED] = {self.in_use: result}

@@ -99,9 +99,8 @@ class MergeModule(TaskEvaluation):
                 f"{', ...' if len(names) > 4 else ''}"
             )
 
-    @property
-    def merged(self) -> Merged:
-        """What came out; merges where that has not been done."""
+    def _outcome(self) -> Merged:
+        """Merges where that has not been done."""
         self.merge()
         assert self._merged is not None
         return self._merged
@@ -113,13 +112,13 @@ class MergeModule(TaskEvaluation):
 
         Raises ValueError for a number that `iterations` did not list, or that was let go of.
         """
-        self.merged.use(iterations, only)
+        self._outcome().use(iterations, only)
         self._put_in_place()
 
     def shared_state(self) -> dict[str, Tensor]:
         """The merged parameters and buffers that all tasks share: those that are in no head."""
         first = self.state_of(next(iter(self.tasks)))
-        return {name: first[name] for name in self.merged.shared}
+        return {name: first[name] for name in self._outcome().shared}
 
     def replace_shared(self, result: MergeResult, how: Mapping[str, Any]) -> None:
         """Put other values of `shared_state` in place; the model card says `how` they were made.
@@ -127,12 +126,12 @@ class MergeModule(TaskEvaluation):
         The states of other iteration counts are let go of. Raises ValueError for other names or
         shapes, for a method that merges nothing, and with lora_rank.
         """
-        self.merged.replace_shared(result, how)
+        self._outcome().replace_shared(result, how)
         self._put_in_place()
 
     def own_heads(self) -> dict[str, dict[str, Tensor]]:
         """task -> the parameters that it shares with no other; no task without any."""
-        heads = {name: self.merged.own_head(name) for name in self.tasks}
+        heads = {name: self._outcome().own_head(name) for name in self.tasks}
         return {
             task: {name: state[name] for name in names}
             for task, names in heads.items()
@@ -145,7 +144,7 @@ class MergeModule(TaskEvaluation):
         They are those of all states then, whatever the iterations; `how` is as in
         `replace_shared`. Raises ValueError for other tasks, names or shapes.
         """
-        self.merged.replace_heads(heads, how)
+        self._outcome().replace_heads(heads, how)
         self._put_in_place()
 
     @property
@@ -154,30 +153,30 @@ class MergeModule(TaskEvaluation):
         return dict(self._joint.weights)
 
     def _put_in_place(self) -> None:
-        merged = self.merged
+        merged = self._outcome()
         for name, task in self.tasks.items():
             load_state(task.module, merged.state_of(name), merged.adapter_of(name))
 
     def state_of(self, task: str) -> dict[str, Tensor]:
         """The state dict of one task's model: merged parameters, and its own head."""
-        return self.merged.state_of(task)
+        return self._outcome().state_of(task)
 
     def model(self, task: str) -> pl.LightningModule:
         """A copy of the task's LightningModule with the merged weights, independent of ours."""
         state = self.state_of(task)
         module = copy.deepcopy(self.tasks[task].module)
-        load_state(module, state, self.merged.adapter_of(task))
+        load_state(module, state, self._outcome().adapter_of(task))
         return module
 
     @property
     def blocks(self) -> dict[str, Block]:
         """Parameter -> how its solve went (mats), for the state in use."""
-        return self.merged.blocks
+        return self._outcome().blocks
 
     @property
     def lost(self) -> dict[str, float]:
         """Layer -> what share of its merged product `lora_rank` leaves out, see `refactor`."""
-        return self.merged.lost
+        return self._outcome().lost
 
     def export(
         self,
@@ -198,7 +197,7 @@ class MergeModule(TaskEvaluation):
         """
         first = self.model(next(iter(self.tasks)))
         return export_merge(
-            self._joint, self.merged, first, self.scores, folder, tokenizer, overwrite
+            self._joint, self._outcome(), first, self.scores, folder, tokenizer, overwrite
         )
 
     @override

@@ -78,7 +78,7 @@ class Cell:
     Args:
         scores: the primary metric a task.
         merge_seconds: of the merge, up to its `merge_iterations`: points that differ in their
-            iterations alone share one.
+            iterations alone share one. Of a refresh or a training: its own, without the merge.
         seconds: of the evaluation.
         residuals: block -> the solver's relative residuals, up to this cell's own iterations.
         residual: the median of their last ones over the blocks; None without.

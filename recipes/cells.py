@@ -57,7 +57,10 @@ class Cells:
             self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: Mapping[str, Any]) -> Path:
-        text = json.dumps({**self.about, **key}, sort_keys=True)
+        about = self.about
+        if hidden := sorted(about.keys() & key.keys()):
+            raise ValueError(f"key: {hidden[0]!r} is what all cells have in common")
+        text = json.dumps({**about, **key}, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

@@ -5,11 +5,12 @@
     python recipes/paper.py --setting my.yaml --tables methods starts --seeds 0
     python recipes/paper.py --setting text_full --report_only
 
-Each finished cell (one merge, evaluated on one split) is kept in <output_dir>/cells, so that a run
-that is killed goes on where it was, and settings with the same fine-tunes and output_dir share
-them. `--again` forgets those of the tables and seeds that are run. The results of the whole
-setting, whatever was run of it, are written to <output_dir>/results from what is on disk, a cell
-that is not there as "missing": <setting>.csv (a line a cell), <setting>.md (the tables), figures.
+Each finished cell (one merge, refresh or training, evaluated on one split) is kept in
+<output_dir>/cells, so that a run that is killed goes on where it was, and settings with the same
+fine-tunes and output_dir share them. `--again` forgets those of the tables and seeds that are run.
+The results of the whole setting, whatever was run of it, are written to <output_dir>/results from
+what is on disk, a cell that is not there as "missing": <setting>.csv (a line a cell), <setting>.md
+(the tables), figures.
 Ours, of whole settings, are kept in recipes/results: `--results recipes/results` writes there.
 """
 

@@ -1,4 +1,4 @@
-"""The figures of a setting: by iterations, by cost, by task."""
+"""The figures of a setting: by iterations, by cost, by task, by the seconds of a refresh."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -130,7 +130,7 @@ def by_cost(records: Sequence[Record]) -> Figure | None:
 def by_seconds(records: Sequence[Record]) -> Figure | None:
     """Test average against the seconds of a refresh or a training, means over the seeds.
 
-    A line through the rounds of a plan, a cross where there are none.
+    A line through the rounds of a plan, a marker alone where there are none.
     """
     points: dict[tuple[str, str], dict[int, list[Cell]]] = {}
     for record in records:

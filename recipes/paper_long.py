@@ -35,7 +35,8 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
     """A line a cell: which it is, whether it is "measured" or "missing", the scores, the seconds.
 
     `relative` is the mean over tasks of the score over that of the individual models, of the same
-    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`. `seconds` are
+    seed, on test rows. `merge_seconds` are of the whole merge, to `merge_iterations`; in the
+    table "refresh" they are of the refresh or the training, without the merge. `seconds` are
     of what the table of the cost counts.
     """
     individual = {
@@ -67,7 +68,8 @@ def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
     row: dict[str, Any] = {**cell.scores, "residual": cell.residual, "flops": cell.flops}
     if cell.scores:
         row["average"] = cell.average
-    row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
+    if cell.seconds:  # refreshes have none of their own
+        row["evaluation_seconds" if cell.flops is None else "seconds"] = cell.seconds
     if cell.merge_seconds:
         row["merge_seconds"] = cell.merge_seconds
     if cell.merge_iterations:

@@ -3,16 +3,14 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
 from bench import Bench, Cell, Merge, Opened, Steps
-from compare import choose, merges_of
 from paper_seeds import Seed
 from paper_settings import Refresh, Setting
-from paper_tables import Record, added
-from refresh_rivals import train_rival
+from paper_tables import Record, added, chosen_point
+from refresh_rivals import Start, train_rival
 from refreshed import Before, run_plan, tested, with_kept
 from train_tasks import folder_of
 
@@ -51,7 +49,7 @@ class Training:
     point: tuple[Merge, int] | None
 
     def key(self, plan: RefreshPlan, split: str) -> dict[str, Any]:
-        key: dict[str, Any] = {"rows": plan.rows, "rows_seed": plan.seed, "split": split}
+        key: dict[str, Any] = {"training_rows": plan.rows, "rows_seed": plan.seed, "split": split}
         if self.point is not None:
             key["start"] = self.point[0].key(self.point[1], split)
             key["plan"] = asdict(plan)  # whose seconds it has
@@ -98,11 +96,7 @@ class RefreshTable:
 
     def _point(self, label: str) -> tuple[Merge, int] | None:
         """What the methods' table has chosen, on the first seed."""
-        merges = list(merges_of(self.setting.methods[label]))
-        if len(merges) == len(merges[0].counts) == 1:
-            return merges[0], merges[0].counts[0]
-        chosen = choose((self.first or self.seed).find, merges)
-        return None if chosen is None else chosen[:2]
+        return chosen_point((self.first or self.seed).find, self.setting.methods[label])
 
     def trainings(self, label: str) -> list[Training]:
         """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
@@ -158,7 +152,7 @@ class RefreshTable:
     # -- measuring ---------------------------------------------------------------------------
 
     def steps_left(self) -> tuple[int, int]:
-        """One a merge and one a plan; one a training."""
+        """One a merge and one a plan; one a training, and the merge that one kind starts from."""
         counted = []
         for _, own in groupby(self.lines(), lambda line: line.method):
             done = [self._done(line) for line in own]
@@ -167,7 +161,10 @@ class RefreshTable:
             total = len(self.refresh.learning_rates) if self.first is None else 1
             tried, plan = self.trainings(label), self._plan_of_rivals()
             known = [self._cell(self.seed, one.key(plan, "validation")) for one in tried]
-            counted.append((total, sum(cell is not None for cell in known)))
+            done = [cell is not None for cell in known]
+            counted.append((total, sum(done)))
+            if label == "from the merge":
+                counted.append((1, len(done) == total and all(done)))
         return added(counted)
 
     def _done(self, line: Line) -> bool:
@@ -205,15 +202,21 @@ class RefreshTable:
         """All rounds, kept as cells; the average on test after the last."""
         folder = folder_of(self.seed.options.output_dir / "refresh", "rounds", self._settings(line))
         rounds = run_plan(bench, module, line.plan, folder, progress=False)
-        states = tested(bench, module, rounds, folder)
+        assert line.point is not None
+        merge = self.seed.find(*line.point, "test")
+        states = tested(bench, module, rounds, folder, None if merge is None else merge.scores)
         for number in range(line.plan.rounds + 1):
             state = states[min(number, len(states) - 1)]
             for split, scores in zip(SPLITS, (state.done.scores, state.scores), strict=True):
                 key = line.key(number, split)
-                assert key is not None
-                self.seed.cells.keep(key, asdict(Cell(scores, 0.0, merge_seconds=state.seconds)))
+                if self._cell(self.seed, key) is None:  # plans can have their round 0 in common
+                    self._keep(key, scores, state.seconds)
         shutil.rmtree(folder)
         return sum(states[-1].scores.values()) / len(states[-1].scores)
+
+    def _keep(self, key: dict[str, Any] | None, scores: dict[str, float], seconds: float) -> None:
+        assert key is not None
+        self.seed.cells.keep(key, asdict(Cell(scores, 0.0, merge_seconds=seconds)))
 
     def _settings(self, line: Line) -> dict[str, Any]:
         """What decides a line's rounds: its key, and the fine-tunes and rows of its seed."""
@@ -230,21 +233,18 @@ class RefreshTable:
         missing = [one for one in tried if self._cell(self.seed, one.key(plan, "test")) is None]
         if not missing:
             return
-        seconds = None
+        start = None
         if label == "from the merge":
             line = self._line(self.refresh.merge, "", self.plan)
             refreshed = self._cell(self.seed, line.key(plan.rounds, "test"))
             assert refreshed is not None  # `run` begins with it
-            seconds = refreshed.merge_seconds
-        module = self._merged(bench, self.refresh.merge)
+            start = Start(self._merged(bench, self.refresh.merge), refreshed.merge_seconds)
         for one in missing:
-            train = partial(train_rival, self.seed.options, module, plan, one.rate, seconds)
             with steps.paused():
-                found = train()
+                found = train_rival(self.seed.options, bench.tasks, plan, one.rate, start)
             steps.expect(0, done=1)
             for split, scores in zip(SPLITS, (found.validated, found.tested), strict=True):
-                cell = Cell(scores, 0.0, merge_seconds=found.seconds)
-                self.seed.cells.keep(one.key(plan, split), asdict(cell))
+                self._keep(one.key(plan, split), scores, found.seconds)
 
     def forget(self) -> None:
         for line in self.lines():

@@ -185,6 +185,8 @@ class Setting:
     def _check_refresh(self, refresh: Refresh) -> None:
         if not refresh.plans:
             raise ValueError("refresh: plans has none")
+        if len(set(refresh.methods)) < len(refresh.methods):
+            raise ValueError(f"refresh: methods has one twice: {', '.join(refresh.methods)}")
         for label in (refresh.merge, *refresh.methods):
             if label not in self.methods:
                 raise ValueError(f"refresh: {label!r} is none of {', '.join(self.methods)}")

@@ -1,8 +1,8 @@
 """The tables of a setting for one seed: what each needs to be measured, and doing it.
 
 A table is an object with four methods: `records`, what is on disk and what is missing, in the same
-order whether it is finished or not; `steps_left`, how far it is; `run`; and `forget`. The cost and
-the intermediate tasks are in files of their own.
+order whether it is finished or not; `steps_left`, how far it is; `run`; and `forget`. Refreshes,
+the cost and the intermediate tasks are in files of their own.
 """
 
 from abc import abstractmethod
@@ -26,6 +26,7 @@ __all__ = [
     "StartTable",
     "Table",
     "added",
+    "chosen_point",
     "merge_seconds",
     "method_records",
 ]
@@ -138,6 +139,18 @@ def merge_seconds(tested: Record, records: Sequence[Record]) -> float | None:
     return last.cell.merge_seconds
 
 
+def chosen_point(find: Find, method: MethodOptions) -> tuple[Merge, int] | None:
+    """What these validation cells choose of the method, where all of them are there.
+
+    A method that has but one point needs none.
+    """
+    merges = list(merges_of(method))
+    if len(merges) == len(merges[0].counts) == 1:
+        return merges[0], merges[0].counts[0]
+    chosen = choose(find, merges)
+    return None if chosen is None else chosen[:2]
+
+
 class MethodTable:
     """All methods, chosen on validation rows of the first seed and tested; multitask training.
 
@@ -162,20 +175,11 @@ class MethodTable:
             cell = self.seed.multitask_cell()
             yield Record(number, "methods", "", "multitask", "", 0, "test", cell)
 
-    def _point(self, method: MethodOptions) -> tuple[Merge, int] | None:
-        """What the first seed chose, where it has."""
-        merges = list(merges_of(method))
-        if len(merges) == len(merges[0].counts) == 1:
-            return merges[0], merges[0].counts[0]
-        assert self.first is not None
-        chosen = choose(self.first.find, merges)
-        return None if chosen is None else chosen[:2]
-
     def _points(self, first: Seed) -> dict[str, tuple[Merge, int]]:
         """All of them, or an error."""
         points = {}
         for label, method in self.methods.items():
-            if (point := self._point(method)) is None:
+            if (point := chosen_point(first.find, method)) is None:
                 raise ValueError(
                     f"{label}: seed {self.seed.seed} tests what seed {first.seed} chose on its"
                     f" validation rows, and that is not measured yet: run seed {first.seed}"
@@ -185,7 +189,8 @@ class MethodTable:
 
     def _tested(self, label: str, method: MethodOptions) -> Record:
         """One method at a later seed."""
-        point = self._point(method)
+        assert self.first is not None
+        point = chosen_point(self.first.find, method)
         about = (self.seed.seed, "methods", "", label)
         if point is None:
             return Record(*about, "not chosen yet", 0, "test", None)

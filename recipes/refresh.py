@@ -36,7 +36,7 @@ from compare import INDIVIDUAL, Comparison, Outcome, forget
 from jsonargparse import ArgumentParser
 from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
 from merge_options import MethodOptions, Options, parse_options
-from refresh_rivals import train_rival
+from refresh_rivals import Start, train_rival
 from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from train_tasks import folder_of, write_json
 
@@ -109,14 +109,14 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         shutil.rmtree(folder, ignore_errors=True)
     before = Before(module)
     rounds = run_plan(bench, module, plan, folder, progress=True)
-    tests = tested(bench, module, rounds, folder)
+    tests = tested(bench, module, rounds, folder, merge.scores)
     lines = [Line(individual.row, None), Line(merge.row, 0.0), *lines_of(tests)]
     if own.rivals:
         if plan.heads:
             lines.append(probe(bench, replace(plan, rounds=0)))
         before.put_back(shared=plan.rounds > 0)
         rates = own.rival_rates or [options.learning_rate]
-        lines += rivals(options, module, plan, rates, tests[-1].seconds)
+        lines += rivals(options, bench.tasks, module, plan, rates, tests[-1].seconds)
     report(options, plan, lines, rounds, merge)
     return lines
 
@@ -235,6 +235,7 @@ def probe(bench: Bench, plan: RefreshPlan) -> Line:
 
 def rivals(
     options: Options,
+    tasks: Sequence[Task],
     module: MergeModule,
     plan: RefreshPlan,
     rates: Sequence[float],
@@ -242,10 +243,10 @@ def rivals(
 ) -> list[Line]:
     """Training from the start, and from the merge that is in the module for these seconds."""
     lines = []
-    for label, limit in (("together", None), ("from the merge", seconds)):
-        if limit is not None and limit <= 0:
+    for label, start in (("together", None), ("from the merge", Start(module, seconds))):
+        if start is not None and seconds <= 0:
             continue
-        tried = {rate: train_rival(options, module, plan, rate, limit) for rate in rates}
+        tried = {rate: train_rival(options, tasks, plan, rate, start) for rate in rates}
         rate, best = max(tried.items(), key=lambda entry: entry[1].average)
         words = f"{best.steps} steps at {rate:g}, {best.seconds:.0f} s"
         row = Row(f"trained {label} on {plan.rows} rows", words, best.tested)

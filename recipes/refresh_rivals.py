@@ -1,7 +1,7 @@
 """What training reaches on the rows of a refresh: the rivals that it must be held against."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from statistics import mean
@@ -23,7 +23,7 @@ from typing_extensions import override
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.batches import first_rows
 
-__all__ = ["Rival", "train_rival"]
+__all__ = ["Rival", "Start", "train_rival"]
 
 WARM_UP = 0.1  # of all steps, or of the time
 
@@ -41,6 +41,14 @@ class Rival:
     def average(self) -> float:
         """On validation rows."""
         return mean(self.validated.values())
+
+
+@dataclass(frozen=True)
+class Start:
+    """Training goes on from the merge that is in the module, under its heads, for some seconds."""
+
+    module: MergeModule
+    seconds: float
 
 
 class TimedClassifier(MultitaskClassifier):
@@ -82,29 +90,26 @@ class TimedClassifier(MultitaskClassifier):
 
 def train_rival(
     options: Options,
-    module: MergeModule,
+    tasks: Sequence[Task],
     plan: RefreshPlan,
     learning_rate: float,
-    seconds: float | None = None,
+    start: Start | None = None,
 ) -> Rival:
     """All tasks together, on the rows of the plan.
 
-    From the start, with the heads and epochs of the fine-tunes; with `seconds` from the merged
-    weights that are in the module, with their heads, for so long.
+    By default from before the fine-tunes, with their heads and epochs.
     """
-    tasks, options = list(module.tasks.values()), replace(options, learning_rate=learning_rate)
-    if seconds is None:
-        fresh = {
-            task.name: task_module(options, task, data(module.tasks[task.name]))
-            for task in options.task_list
-        }
+    options = replace(options, learning_rate=learning_rate)
+    if start is None:
+        of = {task.name: data(task) for task in tasks}
+        fresh = {task.name: task_module(options, task, of[task.name]) for task in options.task_list}
         together = MultitaskClassifier(fresh, groups(tasks), options.seed)
         return _train(options, plan, tasks, together, {"max_epochs": options.epochs})
-    merged = {task.name: classifier(module, task) for task in tasks}
+    merged = {task.name: classifier(start.module, task) for task in tasks}
     for one in merged.values():
         one.learning_rate = learning_rate
-    timed = TimedClassifier(merged, groups(tasks), options.seed, seconds=seconds)
-    timer = Timer(timedelta(seconds=seconds))
+    timed = TimedClassifier(merged, groups(tasks), options.seed, seconds=start.seconds)
+    timer = Timer(timedelta(seconds=start.seconds))
     return _train(options, plan, tasks, timed, {"max_epochs": -1, "callbacks": [timer]})
 
 
@@ -120,14 +125,14 @@ def data(task: Task) -> LabelledData:
     return task.data
 
 
-def groups(tasks: list[Task]) -> dict[str, str]:
+def groups(tasks: Sequence[Task]) -> dict[str, str]:
     return {task.name: task.head_group for task in tasks if task.head_group is not None}
 
 
 def _train(
     options: Options,
     plan: RefreshPlan,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     module: MultitaskClassifier,
     limit: dict[str, Any],
 ) -> Rival:

@@ -11,7 +11,7 @@ from mats_lightning import MergeModule, RefreshPlan, refresh
 from mats_lightning.merging import MergeResult
 from mats_lightning.rounds import Folder, Round
 
-__all__ = ["Before", "Tested", "put", "run_plan", "seconds_of", "tested", "with_kept"]
+__all__ = ["Before", "Tested", "run_plan", "seconds_of", "tested", "with_kept"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,19 @@ def logits(module: Any, batch: Any) -> Any:
 
 
 def tested(
-    bench: Bench, module: MergeModule, rounds: Sequence[Round], folder: Path
+    bench: Bench,
+    module: MergeModule,
+    rounds: Sequence[Round],
+    folder: Path,
+    merge: Mapping[str, float] | None = None,
 ) -> list[Tested]:
-    """Each round on the test rows; the last one's state stays."""
+    """Each round on the test rows, where `merge` has known scores; the last one's state stays."""
     found: list[Tested] = []
     for done in rounds:
-        if done.taken or not found:
-            put(module, folder, done.number)
+        if not (done.number or done.heads or merge is None):
+            scores = dict(merge)
+        elif done.taken or not found:
+            put(module, folder, done.number, shared=len(rounds) > 1)
             scores = evaluate(module, bench.trainer.test)
         found.append(Tested(done, sum(map(seconds_of, rounds[: done.number + 1])), scores))
     return found
@@ -70,10 +76,10 @@ def seconds_of(done: Round) -> float:
     return sum(taken for part, taken in done.seconds.items() if part != "validation")
 
 
-def put(module: MergeModule, folder: Path, number: int) -> None:
-    """The weights and heads after this round into the module; round 0 is the merge."""
+def put(module: MergeModule, folder: Path, number: int, shared: bool) -> None:
+    """The heads after this round into the module, and what is `shared`, which rounds change."""
     kept = Folder(folder, {}, {})
-    if number:
+    if shared:
         module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
     if heads := kept.heads(number):
         module.replace_heads(heads, {"rounds": number})

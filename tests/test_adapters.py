@@ -213,7 +213,9 @@ def test_what_has_no_products_is_refused(tmp_path: Path) -> None:
 # -- export ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 3}], ids=["factors", "products"])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_rank": 3, "scale": 1.2}], ids=["factors", "products"]
+)
 def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any]) -> None:
     weights = {"bert1": 2.0, "bert2": 1.0}
     module = MergeModule(tasks(tmp_path), "mats", {"iterations": 3, "weights": weights, **options})
@@ -229,7 +231,8 @@ def test_the_merged_adapter_is_exported(tmp_path: Path, options: dict[str, Any])
     assert card.data.to_dict()["library_name"] == "peft"
     assert "| bert2 | bert2 | 6 | accuracy | 0.250 |" in card.content
     assert "  weights:\n    bert1: 2.0\n    bert2: 1.0\n" in card.content
-    assert ("lora_rank: 3" in card.content) == bool(options)
+    for said in ("lora_rank: 3", "scale: 1.2"):
+        assert (said in card.content) == bool(options)
     assert "PeftModel.from_pretrained(model, folder)" in card.content
     assert {file.stat().st_mode & 0o777 for file in folder.rglob("*.*")} == {
         (folder / "README.md").stat().st_mode & 0o777

@@ -591,7 +591,7 @@ def test_only_one_state_can_be_kept(suite: Suite) -> None:
     for name in CLASSES:
         assert_equal(module.state_of(name), expected[name])
     module.use(2)
-    states = module.merged._states
+    states = module._outcome()._states
     assert len(states) == 2 and all(set(own) == {2} for own in states.values())
     with pytest.raises(ValueError, match=r"no state after 5 iterations; .*\[2\] are kept"):
         module.use(5)

@@ -1,6 +1,7 @@
 """The refreshes among recipes/paper.py's tables, on a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,6 +10,7 @@ import paper
 import paper_refresh
 import pytest
 import torch
+from paper_seeds import Seed
 from paper_settings import read_setting
 from test_recipes import WORDS, Crash, bert
 from test_recipes_paper import METHODS, own_cache, rows_of, run, seed_of, setting
@@ -23,8 +25,16 @@ REFRESH: dict[str, Any] = {
     "merge": KFAC,
     "methods": ["pretrained", "average"],
     "first_seed": {
+        "mix": {"rounds": 1, "rows": 40, "heads": [], "mix": 0.5, "damping": 0.1, "step": 0.01},
+        "heads, mix": {
+            "rounds": 1,
+            "rows": 40,
+            "heads": [1, 5],
+            "mix": 0.5,
+            "damping": 0.1,
+            "step": 0.01,
+        },
         "far": {"rounds": 2, "rows": 40, "step": 1e6, "tries": 1, "heads": []},
-        "mix": {"rounds": 1, "rows": 40, "heads": [], "mix": 0.5, "damping": 0.1},
     },
     "learning_rates": [1e-9, 2e-2],
 }
@@ -74,7 +84,7 @@ def test_refreshes_over_seeds(
     everything = rows_of(tmp_path)
     rows = [row for row in everything if row["table"] == "refresh"]
     # a line's rounds on two splits; two rivals, at two rates on validation and one on test
-    assert len(rows) == 2 * (2 + 2 + 3 + 2) + 2 * 3 + 2 * (2 + 2) + 2 * 2
+    assert len(rows) == 2 * (2 + 2 + 3 + 2 + 2) + 2 * 3 + 2 * (2 + 2) + 2 * 2
 
     def row_of(seed: int, label: str, plan: str, split: str, number: int = 0) -> dict[str, str]:
         about = (str(seed), label, plan, split, str(number))
@@ -93,15 +103,27 @@ def test_refreshes_over_seeds(
     }
     plans = {name: RefreshPlan(**plan) for name, plan in REFRESH["plans"].items()}
     mixed = RefreshPlan(**REFRESH["first_seed"]["mix"])
+    both = RefreshPlan(**REFRESH["first_seed"]["heads, mix"])
     for label, method, own, plan, name, seed, number in (
         ("pretrained", "pretrained", {}, plans["heads"], "heads", 0, 0),
         ("average", "average", {}, plans["heads"], "heads", 1, 0),
         (KFAC, "mats", options, plans["12 rows"], "12 rows", 1, 0),
-        (KFAC, "mats", options, mixed, "mix", 0, 1),  # after all others, from the same merge
+        (KFAC, "mats", options, mixed, "mix", 0, 1),
+        (KFAC, "mats", options, both, "heads, mix", 0, 1),  # later, and from the same merge
+        (KFAC, "mats", options, plans["heads"], "heads", 0, 0),
+        (KFAC, "mats", options, replace(both, rounds=0), "heads, mix", 0, 0),  # before the step
     ):
         for split in ("validation", "test"):
             expected = refreshed_by_hand(path, method, own, plan, seed, split)
             assert scores(row_of(seed, label, name, split, number)) == pytest.approx(expected)
+
+    assert scores(row_of(0, KFAC, "mix", "test", 0)) == scores(chosen)
+    moved = [
+        row_of(0, KFAC, "mix", "test", number)["merge_seconds"]
+        for split in ("test",)
+        for number in (0, 1)
+    ]
+    assert float(moved[0] or 0) < float(moved[1])
 
     # every step was worse: the merge stays, and its rounds have taken their time
     far = [row_of(0, KFAC, "far", "test", number) for number in range(3)]
@@ -148,6 +170,12 @@ def test_refreshes_over_seeds(
     for name in ("run_plan", "train_rival"):
         monkeypatch.setattr(paper_refresh, name, crash)
     assert run(path) == found
+    other = read_setting(str(path))[1]
+    other.options["test_rows"] = 30  # measured on other rows
+    assert other.refresh is not None
+    fresh = paper_refresh.RefreshTable(other, other.refresh, Seed(other, 0))
+    assert all(record.cell is None for record in fresh.records())
+
     for part in ("learning_rate", "round"):  # what is missing is measured again
         for cell in (tmp_path / "out/cells").iterdir():
             if part in json.loads(cell.read_text())["key"]:
@@ -162,6 +190,7 @@ def test_refreshes_over_seeds(
         ({"plans": {}}, "plans has none"),
         ({"merge": "magic"}, "'magic' is none of"),
         ({"methods": ["magic"]}, "'magic' is none of"),
+        ({"methods": ["average", "average"]}, "methods has one twice"),
         ({"merge": "pretrained"}, "'pretrained' merges nothing"),
         ({"plans": {"steps": {"rounds": 1}}}, "can have its heads fitted alone"),
         ({"first_seed": {"heads": {}}}, "'heads' is among plans and first_seed"),

@@ -172,14 +172,15 @@ def test_rivals_train_on_the_rows_of_the_refresh(
 
     monkeypatch.setattr(refresh_rivals.TimedClassifier, "on_train_start", noted_start)
     monkeypatch.setattr(refresh_rivals.MultitaskClassifier, "training_step", noted)
-    lines = refresh.main(arguments(tmp_path, bert, "--rivals"))
+    lines = refresh.main(arguments(tmp_path, bert, "--rivals", "--rival_rates=[1e-9, 2e-2]"))
     together, timed = lines[-2:]
+    assert " steps at 0.02, " in together.row.settings  # the other one learns nothing
     assert together.row.method == "trained together on 40 rows"
     assert timed.row.method == "trained from the merge on 40 rows"
     assert any(line.row.method == "refresh, round 1" for line in lines)  # other weights follow
     (folder,) = (tmp_path / "out/refresh").glob("rounds-*")
     merged = load_weights(folder / "round-0.safetensors")
-    assert len(begins) == len(WORDS)
+    assert len(begins) == 2 * len(WORDS)  # at each rate
     for state in begins:
         assert all(torch.equal(state[name], merged[name]) for name in merged)
     assert list(together.row.scores) == list(timed.row.scores) == list(WORDS)
@@ -196,9 +197,11 @@ def test_rivals_train_on_the_rows_of_the_refresh(
 
 def test_arguments_of_both_kinds(tmp_path: Path, bert: Path) -> None:
     given = arguments(tmp_path, bert, "--seed", "3", "--plan.kept", "[embeddings]", "--rivals")
+    given += ["--rival_rates", "[1e-5, 1e-3]"]
     own, options = refresh.parse(given)
     assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",), heads=())
     assert (own.method, own.rivals, options.seed) == (KFAC, True, 3)
+    assert own.rival_rates == [1e-5, 1e-3]
     ours, theirs = refresh.split(["--seed=1", "--plan.mix=1", "--rivals", "--tasks", "[a, b]"])
     assert (ours, theirs) == (["--plan.mix=1", "--rivals"], ["--seed=1", "--tasks", "[a, b]"])
 

@@ -454,7 +454,7 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
 
 def test_products_of_adapters_are_not_refreshed(tmp_path: Path) -> None:
     module = MergeModule(adapters(tmp_path), "average", {"lora_rank": 4})
-    with pytest.raises(ValueError, match=r"lora_rank merges the products .*factor by factor"):
+    with pytest.raises(ValueError, match=r"lora_rank=4 merges the products .*factor by factor"):
         refreshed(module, loaders={name: [] for name in module.tasks})
 
 

@@ -1,6 +1,7 @@
 """The length of a merge: its task vector, as a whole, made longer or shorter."""
 
 import math
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -17,16 +18,18 @@ def rescale(merged: Weights, pretrained: Weights, scale: float) -> dict[str, Ten
 
     Raises ValueError for models that do not fit together, or a scale that is no number.
     """
+    return dict(rescaled(merged, pretrained, scale))
+
+
+def rescaled(merged: Weights, pretrained: Weights, scale: float) -> Iterator[tuple[str, Tensor]]:
+    """`rescale`, a parameter at a time."""
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: a finite number is needed")
-    check_models([merged], pretrained)
-    scaled = {}
-    for name in merged:
+    for name in check_models([merged], pretrained):
         theta, start = merged[name], pretrained[name]
         if not theta.is_floating_point() or of_batch_norm(name, merged):
-            scaled[name] = theta
+            yield name, theta
             continue
         dtype = merge_dtype([theta, start])
         first = start.detach().to(theta.device, dtype)
-        scaled[name] = (first + scale * (theta.to(dtype) - first)).to(theta.dtype)
-    return scaled
+        yield name, (first + scale * (theta.to(dtype) - first)).to(theta.dtype)

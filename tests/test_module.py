@@ -504,6 +504,20 @@ def test_individual_and_pretrained_are_rows_of_a_comparison(suite: Suite) -> Non
         assert differ(suite.pretrained, weights)
 
 
+def test_pretrained_is_all_of_a_task_that_no_head_owns(suite: Suite) -> None:
+    """Of each task, whatever is in another one's head."""
+    for heads in ((("head",), ()), ((), ("head",))):
+        left, right = (
+            suite.task(name, head=head) for name, head in zip(GROUP[:2], heads, strict=True)
+        )
+        start = {**suite.pretrained, **suite.head}
+        module = MergeModule([left, right], "pretrained", pretrained=start)
+        for task in (left, right):
+            own = suite.pretrained if task.head else start
+            expected = {**load_weights(suite.checkpoint(task.name)), **own}
+            assert_equal(module.state_of(task.name), expected)
+
+
 def test_pretrained_may_be_a_path(suite: Suite, tmp_path: Path) -> None:
     torch.save({"state_dict": suite.start}, tmp_path / "start.ckpt")
     options = {"scale": 0.5}

@@ -28,7 +28,8 @@ from mats_lightning.statistics.gradients import (
 
 # (module, input, gradient at the output) -> gradients of its parameters by local name
 Gradients = Callable[[nn.Module, Tensor, Tensor], dict[str, ExampleGradients]]
-PATCHES = 2**24  # numbers that the unfolded input of a convolution may have at a time
+# numbers that the unfolded input of a convolution may have at a time: on a CPU its caches decide
+PATCHES, PATCHES_ON_CPU = 2**24, 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,8 @@ def transposed_linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Exam
 def patches(module: nn.Module, a: Tensor) -> Tensor:
     """(N, channels, *spatial) -> (N, R, groups, d_in): what each position's kernel sees.
 
-    d_in = channels / groups times the size of the kernel, in the order of the weight.
+    d_in = channels / groups times the size of the kernel, in the order of the weight. In memory the
+    positions stand last: they are copied in long runs, and products over them need no other copy.
     """
     assert isinstance(module, _ConvNd)
     axes = len(module.kernel_size)
@@ -100,10 +102,10 @@ def patches(module: nn.Module, a: Tensor) -> Tensor:
     sizes = zip(module.kernel_size, module.dilation, module.stride, strict=True)
     for axis, (size, dilation, stride) in enumerate(sizes, start=2):
         a = a.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    n, channels = a.shape[:2]
-    positions = prod(a.shape[2 : 2 + axes])
-    a = a.reshape(n, module.groups, channels // module.groups, positions, -1)
-    return a.permute(0, 3, 1, 2, 4).flatten(3)
+    n, groups = len(a), module.groups
+    kernel, positions = range(2 + axes, 2 + 2 * axes), range(2, 2 + axes)
+    a = a.permute(1, *kernel, 0, *positions).reshape(groups, -1, n, prod(a.shape[2 : 2 + axes]))
+    return a.permute(2, 3, 0, 1)
 
 
 def _batched(module: nn.Module, x: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ def _batched(module: nn.Module, x: Tensor) -> Tensor:
 def _convolution_inputs(module: nn.Module, a: Tensor) -> Iterator[Tensor]:
     assert isinstance(module, _ConvNd)
     a = _batched(module, a)
-    for part in a.split(max(1, PATCHES // (a[0].numel() * prod(module.kernel_size)))):
+    numbers = PATCHES_ON_CPU if a.device.type == "cpu" else PATCHES
+    for part in a.split(max(1, numbers // (a[0].numel() * prod(module.kernel_size)))):
         rows = patches(module, part)
         yield rows.squeeze(2) if module.groups == 1 else rows
 

@@ -35,6 +35,8 @@ from transformers.utils import logging
 from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))
+
 Batch = dict[str, Tensor]
 CLASSES = 6
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -51,19 +53,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Classifier(nn.Module):
     """The mean of the last hidden states under a linear head."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, width: int = 384) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(384, CLASSES)
+        self.backbone, self.head = backbone, nn.Linear(width, CLASSES)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         hidden: Tensor = self.backbone(**inputs).last_hidden_state
-        logits: Tensor = self.head(hidden.mean(1))
+        image = hidden.ndim == 4  # (N, channels, height, width), else (N, tokens, width)
+        logits: Tensor = self.head(hidden.mean((2, 3) if image else 1))
         return logits
 
 
 def minilm(attention: str = "sdpa") -> Classifier:
-    sys.path.append(str(Path(__file__).parents[2] / "recipes"))
-    from packages import model_path
+    from packages import model_path  # of the recipes
 
     folder = model_path("package:minilm")
     return Classifier(
@@ -76,6 +78,14 @@ def vit(attention: str = "sdpa") -> Classifier:
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=56, patch_size=14)
     config._attn_implementation = attention
     return Classifier(Dinov2Model(config))
+
+
+def cnn(attention: str = "none") -> Classifier:
+    """EfficientNet-Lite0, most of it a channel or a position at a time; random weights."""
+    from efficientnet import EfficientNetLite, EfficientNetLiteConfig  # of the recipes
+
+    config = EfficientNetLiteConfig()
+    return Classifier(EfficientNetLite(config), config.hidden_size)
 
 
 def texts(examples: int, length: int) -> Batch:
@@ -92,6 +102,7 @@ CASES: dict[str, tuple[Callable[..., Classifier], int, Callable[[int, int], Batc
     "minilm-64": (minilm, 64, texts),
     "minilm-128": (minilm, 128, texts),
     "vit-56": (vit, 56, images),
+    "cnn-96": (cnn, 96, images),
 }
 
 
@@ -362,6 +373,8 @@ def main() -> None:
     }
     for part in options.parts or parts:
         for name in options.cases:
+            if (part, name) == ("ways", "cnn-96"):
+                continue  # the usual ways are compared on transformers
             found[f"{part}, {name}"] = parts[part](name)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))

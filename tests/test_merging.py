@@ -1211,7 +1211,7 @@ def test_statistics_of_other_names_or_of_another_kind(problem: Problem, method: 
 def test_errors_in_a_solve_name_the_parameter(problem: Problem) -> None:
     for factors in problem.factors:
         factors.a["second"][:] = 1.0  # of rank one
-    message = "'second.weight'.*: .*not positive definite: raise the damping"
+    message = "'second.weight': .*not positive definite: raise the damping"
     with pytest.raises(ValueError, match=f"RegMean of {message}"):
         regmean(problem.thetas, problem.statistics, off_diagonal=1.0, damping=0.0)
     with pytest.raises(ValueError, match=f"MaTS of {message}"):

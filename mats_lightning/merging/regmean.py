@@ -81,9 +81,7 @@ def regmean(
             try:
                 value = _closed_form(operators, b)
             except ValueError as error:
-                raise ValueError(
-                    f"RegMean of '{name}' with damping={damping:g}: {error}"
-                ) from error
+                raise ValueError(f"RegMean of '{name}': {error}") from error
             if name in folded:
                 merged[folded[name]] = value[:, -1].to(thetas[0][folded[name]].dtype)
                 value = value[:, :-1]

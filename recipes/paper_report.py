@@ -37,14 +37,14 @@ class Table:
         return f"## {self.title}\n\n{self.text}\n\n" + "".join(map(line, [header, rule, *rest]))
 
 
-def spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Mean (lowest to highest), and of how many where some are missing."""
     known = [value for value in values if value is not None]
     if not known:
         return MISSING
-    text = f"{mean(known):.3f}"
+    text = f"{mean(known):.{digits}f}"
     if len(known) > 1:
-        text += f" ({min(known):.3f} to {max(known):.3f})"
+        text += f" ({min(known):.{digits}f} to {max(known):.{digits}f})"
     return text if len(known) == len(values) else f"{text}, {len(values) - len(known)} {MISSING}"
 
 
@@ -139,7 +139,7 @@ def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Tabl
                 of(lambda cell: cell.average, cells),
                 spread(to_individual),
                 of(lambda cell: cell.average, on_validation),
-                of(lambda cell: cell.merge_seconds, cells),
+                spread([None if c is None else c.merge_seconds for c in cells], digits=0),
             ]
         )
     text = (

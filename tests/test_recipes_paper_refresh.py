@@ -10,6 +10,7 @@ import paper
 import paper_refresh
 import pytest
 import torch
+from bench import Steps
 from paper_seeds import Seed
 from paper_settings import read_setting
 from test_recipes import WORDS, Crash, bert
@@ -38,6 +39,19 @@ REFRESH: dict[str, Any] = {
     },
     "learning_rates": [1e-9, 2e-2],
 }
+
+
+@pytest.fixture(autouse=True)
+def full_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is expected of a run is what it does, whatever of it was there before."""
+    close = Steps.__exit__
+
+    def checked(steps: Steps, *exception: object) -> None:
+        close(steps, *exception)
+        (row,) = steps._bar.tasks
+        assert exception[0] is not None or row.completed == row.total
+
+    monkeypatch.setattr(Steps, "__exit__", checked)
 
 
 def accuracies(module: MergeModule, data: dict[str, Any], stage: str) -> dict[str, float]:

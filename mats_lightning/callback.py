@@ -86,7 +86,8 @@ class MaTSStatsCallback(Callback):
             layers whose input has that leading shape. The default takes a Hugging Face batch's
             "attention_mask", and the decoder's too for an encoder-decoder model.
         batch_size_fn: batch -> number of examples, for batches whose tensors do not agree.
-        max_factor_size: larger matrices (a vocabulary's, say) are left out, and named.
+        max_factor_size: a larger A or G (a vocabulary's, say) is cut into equal blocks along its
+            diagonal; a longer vector has no block Fisher, and is named.
         weight_sharing: K-FAC of layers that are used at several positions: "expand" counts each
             position as an example (exact for losses that are sums over positions), "reduce"
             takes an example's mean input and summed gradient (exact for a linear layer whose

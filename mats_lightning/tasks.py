@@ -47,7 +47,8 @@ class Task:
         head: prefixes of the parameters that belong to the task alone.
         head_group: tasks of one group started from the same head, and merge it.
         statistics: where they are not beside the checkpoint: a path, or a `Statistics`.
-        prefix: put before the names of the checkpoint.
+        prefix: put before the names of the checkpoint, and before those of its statistics where
+            they lack it, having been taken of the model alone.
     """
 
     name: str
@@ -123,6 +124,8 @@ class Task:
         if is_adapter(self.checkpoint):  # they may cover what lies below the adapter too
             own = {plain_name(name): t for name, t in self.module.state_dict().items()}
             weights = ChainMap(dict(weights), own)
+        if any(self.prefix + name in weights for name in statistics.info.get("digest", {})):
+            statistics = statistics.prefixed(self.prefix)
         check_belongs(statistics, weights, f"task '{self.name}' ({self.checkpoint})")
         return statistics
 

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -33,7 +35,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mats_lightning import MaTSStatsCallback, collect_statistics
+from mats_lightning import (
+    MaTSStatsCallback,
+    Task,
+    collect_statistics,
+    save_statistics,
+    sidecar_path,
+)
 from mats_lightning.batches import loss_divisor
 
 # -- any torch module --------------------------------------------------------------------------
@@ -399,6 +407,76 @@ def test_a_model_and_a_tokenized_data_set(kind: str) -> None:
     tied = pairs.get(kind, [])
     assert found.examples == len(SENTENCES)
     assert_equals(found, covered_part(found, wanted), 1e-5, tied)
+
+
+class Around(L.LightningModule):
+    """What a user writes around a model that is there already."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 6, 2, groups=2, dtype=torch.float64)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        return SimpleNamespace(loss=(self.layer(x).mean((1, 2)) - labels).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "sequences", "convolution"])
+def test_statistics_of_a_model_are_those_of_the_module_around_it(kind: str) -> None:
+    """But for the names: with tied and transposed weights, factors in blocks, and groups."""
+    reduction: Any = "mean"
+    model: nn.Module
+    data: Any
+    if kind == "convolution":
+        torch.manual_seed(0)
+        model, rows = Convolution(), torch.randn(5, 4, 7, dtype=torch.float64)
+        data = [{"x": rows, "labels": torch.randn(5, dtype=torch.float64)}]
+    else:
+        model, data = loaded(kind)
+        reduction = KINDS_OF_MODEL[kind][2]
+    options: dict[str, Any] = {"max_factor_size": 16, "progress": False}
+    wanted = collect_statistics(Around(model), data, loss_reduction=reduction, **options)
+    found = collect_statistics(model, data, loss_reduction=reduction, **options)
+    assert found.info != wanted.info and found.inputs != wanted.inputs
+    again = found.prefixed("model.")
+    assert set(again.tensors) == set(wanted.tensors)
+    assert_close(dict(again.tensors), wanted.tensors, 0.0)
+    for statistics in (again, wanted):  # the reasons are sentences that name layers
+        statistics.info["coverage"] = [row | {"reason": ""} for row in statistics.info["coverage"]]
+    assert again.info == wanted.info
+    assert (again.inputs, again.group_positions) == (wanted.inputs, wanted.group_positions)
+    forms = {"gpt2": ("transposed", "tied", "blocks"), "convolution": ("groups",)}
+    assert all(again.info[form] for form in forms.get(kind, ()))
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_task_takes_statistics_of_the_bare_model(tmp_path: Path, bare: bool) -> None:
+    model, data = loaded("sequences")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)  # type: ignore[operator]
+    wanted = collect_statistics(Around(model), data, progress=False)
+    found = collect_statistics(model, data, progress=False) if bare else wanted
+    save_statistics(found, sidecar_path(folder))
+    task = Task("a", Around(model), folder, data, head=("model.classifier",), prefix="model.")
+    statistics = task.load_statistics()
+    assert_close(dict(statistics.tensors), wanted.tensors, 1e-6)  # kept in float32
+    assert set(statistics.kfac) == set(wanted.kfac) != set()
+
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    task = Task("a", Around(model), folder, data, head=("model.classifier",), prefix="model.")
+    with pytest.raises(ValueError, match="belong to other weights: the digest of 'model"):
+        task.load_statistics()
 
 
 @pytest.mark.parametrize("kind", ["sequences", "llama"])

@@ -196,6 +196,34 @@ class Statistics:
         return Statistics(tensors, examples, positions, dict(self.inputs), dict(self.info))
 
 
+    def prefixed(self, prefix: str) -> "Statistics":
+        """With `prefix` before all names, for a model that became a part of another module."""
+
+        def tensor(key: str) -> Tensor:
+            kind, _, name = key.partition("/")
+            return self.tensors[f"{kind}/{name.removeprefix(prefix)}"]
+
+        def named(entries: Mapping[str, T]) -> dict[str, T]:
+            return {prefix + name: entry for name, entry in entries.items()}
+
+        info, names = dict(self.info), ("groups", "blocks", "digest")
+        info |= {what: named(info[what]) for what in names if what in info}
+        if "coverage" in info:
+            info["coverage"] = [row | {"name": prefix + row["name"]} for row in info["coverage"]]
+        if "transposed" in info:
+            info["transposed"] = [prefix + module for module in info["transposed"]]
+        if "tied" in info:
+            info["tied"] = {name: prefix + used for name, used in named(info["tied"]).items()}
+        parts = (key.partition("/") for key in self.tensors)
+        return Statistics(
+            View("sum", [f"{kind}/{prefix}{name}" for kind, _, name in parts], tensor),
+            self.examples,
+            named(self.group_positions),
+            {prefix + module: prefix + group for module, group in self.inputs.items()},
+            info,
+        )
+
+
 def _has_inputs(statistics: Statistics, group: str) -> bool:
     return any(f"{kind}/{group}" in statistics.tensors for kind in OF_INPUTS)
 

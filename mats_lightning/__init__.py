@@ -5,7 +5,7 @@
        -> operators: C_i -> solvers: (sum C_i) theta = sum C_i theta_i -> merging: state dict
        -> MergeModule: trainer.test, metrics a task -> report: table, plots
                                                     -> export: a model that others can load
-                                                    -> refresh: statistics at the merged weights
+                                                    -> refresh: heads fitted, steps from there
 
 Each arrow goes one way, and each noun is one module.
 """

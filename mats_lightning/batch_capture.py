@@ -174,6 +174,8 @@ class BatchCapture:
                 " counted"
             )
         examples = capture.statistics.examples - before
+        if (sampling := self._options.sampling) is not None:
+            examples //= sampling.draws  # rows
         self._fit.examples += examples
         self.cost.examples += examples
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 # batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
 # whose name has it
@@ -170,7 +176,8 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
 def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
 
-    However the loader shuffles. Raises ValueError for a loader that rows cannot be picked from.
+    However the loader shuffles; with a SubsetRandomSampler they are rows of its subset. Raises
+    ValueError for a loader that rows cannot be picked from.
     """
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, Sized) or getattr(loader, "batch_size", None) is None:
@@ -179,6 +186,21 @@ def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
             " DataLoader with a batch size over a data set with a length is needed; or pass"
             " loaders={name: batches}"
         )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    chosen: Subset[Any] = Subset(loader.dataset, order[:rows].tolist())
+    known = _rows_of(loader.sampler, len(dataset))
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    chosen: Subset[Any] = Subset(loader.dataset, [known[i] for i in order[:rows].tolist()])
     return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _rows_of(sampler: Any, size: int) -> Sequence[int]:
+    """The rows that a sampler gives, each once."""
+    if isinstance(sampler, SubsetRandomSampler):
+        return sampler.indices
+    drawn = isinstance(sampler, RandomSampler)
+    once = drawn and not sampler.replacement and sampler.num_samples == size
+    if not (isinstance(sampler, SequentialSampler) or once):
+        raise ValueError(
+            f"rows cannot be picked out of its training loader, whose {type(sampler).__name__} says"
+            " which rows there are, and how often: pass loaders={name: batches}"
+        )
+    return range(size)

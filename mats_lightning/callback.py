@@ -87,7 +87,8 @@ class MaTSStatsCallback(Callback):
             "attention_mask", and the decoder's too for an encoder-decoder model.
         batch_size_fn: batch -> number of examples, for batches whose tensors do not agree.
         max_factor_size: a larger A or G (a vocabulary's, say) is cut into equal blocks along its
-            diagonal; a longer vector has no block Fisher, and is named.
+            diagonal, or left out where its size has no divisor for it (a prime). A longer vector
+            has no block Fisher. What is left out is named.
         weight_sharing: K-FAC of layers that are used at several positions: "expand" counts each
             position as an example (exact for losses that are sums over positions), "reduce"
             takes an example's mean input and summed gradient (exact for a linear layer whose

@@ -55,11 +55,10 @@ def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module
                 " where a position counts"
             )
         wide = torch.promote_types(logits.dtype, torch.float32)
-        losses = F.cross_entropy(
-            logits.to(wide).flatten(0, -2),
-            target.to(wide).flatten(0, -2).softmax(-1),
-            reduction="none",
-        )
+        likely = target.to(wide).flatten(0, -2).softmax(-1)
+        surprise = -F.log_softmax(logits.to(wide).flatten(0, -2), -1)
+        # a class with logits of -inf, which cannot occur, costs nothing
+        losses = (likely * surprise.masked_fill(likely == 0, 0)).sum(-1)
         if keep is not None:
             losses = losses[keep.flatten().bool()]
         return losses.sum() / len(logits)

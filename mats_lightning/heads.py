@@ -66,9 +66,9 @@ def fit_head(
             have, in the same order at each call. Of equal ones the fewest iterations win.
         others: modules that `loss_fn` runs as well, a teacher, say.
 
-    Raises ValueError for names that are no parameters of the module, no batches, iterations below
-    1, a loss without gradient or that is not finite, and scores of batches in a changing order; the
-    head is then as it was.
+    Raises ValueError for names that are no parameters of the module, a head in float16, no batches,
+    iterations below 1, a loss without gradient or that is not finite, and scores of batches in a
+    changing order; the head is then as it was.
     """
     counts = sorted({*iterations})
     if not counts or counts[0] < 1:
@@ -77,6 +77,11 @@ def fit_head(
     parameters = {plain_name(n): p for n, p in module.named_parameters() if plain_name(n) in names}
     if missing := sorted(names - {*parameters}) or (not names and ["head=()"]):
         raise ValueError(f"{missing[0]}: no parameter of {type(module).__name__} to fit as a head")
+    if half := [name for name, p in parameters.items() if p.dtype == torch.float16]:
+        raise ValueError(
+            f"'{half[0]}' is in float16, in which L-BFGS overflows: convert the module, with"
+            " module.float() or module.bfloat16()"
+        )
     frozen = {p: p.requires_grad for p in parameters.values()}
     gradients = {p: p.grad for p in parameters.values()}
     start = _copy(parameters)

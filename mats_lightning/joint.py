@@ -15,7 +15,12 @@ from mats_lightning import merging
 from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
 from mats_lightning.merging.blocks import covering_statistics
-from mats_lightning.merging.models import check_models, check_weights, names_with
+from mats_lightning.merging.models import (
+    check_models,
+    check_weights,
+    names_with,
+    of_batch_norm,
+)
 from mats_lightning.merging.rescale import rescaled
 from mats_lightning.products import (
     Refactored,
@@ -185,6 +190,9 @@ class JointMerge:
         """The states by iteration count, as long as they are to be."""
         if self._takes("pretrained"):
             options["pretrained"] = start
+        init = options.get("init")
+        if name != SHARED and isinstance(init, Mapping) and not init.keys() & thetas[0].keys():
+            options["init"] = "average"  # `init` is of what all tasks share
         with ExitStack() as stack:
             if self._takes("on_block") and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {name}"))
@@ -213,7 +221,8 @@ class JointMerge:
         uncovered: list[str] = []
         if self.method in STATISTICS:
             covered = covering_statistics(names, STATISTICS[self.method], statistics)
-            uncovered = [n for n in names if n not in covered and result[n].is_floating_point()]
+            others = [n for n in names if n not in covered and not of_batch_norm(n, names)]
+            uncovered = [n for n in others if result[n].is_floating_point()]
         return {0: MergeResult(result, uncovered=uncovered)}
 
     def _averaged(self, names: list[str]) -> list[str]:

@@ -178,7 +178,7 @@ def save_lora(
 
     With a card there is a README.md that says how it was merged. It is written beside its place
     and renamed. Returns the folder. Raises FileExistsError where the folder holds something
-    (with `overwrite`: something else than an adapter).
+    (with `overwrite`: something else than a model or an adapter).
     """
     weights = {
         adapter_key(name.removeprefix(lora.prefix)): lora.weights[name] for name in lora.weights

@@ -70,6 +70,7 @@ def measure(
     `collect_statistics` and `save_statistics` raise.
     """
     merged = load_weights(weights, prefix)
+    Path(sidecar).parent.mkdir(parents=True, exist_ok=True)  # before hours of work
     _put(merged, module, weights)
     found = statistics_at(module, merged, batches, statistics, **options)
     save_statistics(found, sidecar)
@@ -133,6 +134,7 @@ def next_weights(
     thetas = None
     if checkpoints is not None:
         thetas = [_only(merged, path, prefix) for path in checkpoints]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     result = refresh_step(merged, statistics, thetas, **options)
     save_state({n.removeprefix(prefix): t for n, t in result.state_dict.items()}, out)
     return result

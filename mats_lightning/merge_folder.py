@@ -31,6 +31,11 @@ def export_merge(
     overwrite: bool,
 ) -> Path:
     """See `MergeModule.export`; `model` is the first task's, with the merged weights."""
+    if joint.method == "individual":
+        raise ValueError(
+            "method='individual' merges nothing, so there is no one model to export: export a"
+            " merge, or take each task's own with model(task)"
+        )
     if all(is_adapter(task.checkpoint) for task in joint.tasks.values()):
         return _export_adapter(joint, merged, scores, folder, overwrite)
     prefix = {name: backbone_prefix(name, task.module) for name, task in joint.tasks.items()}

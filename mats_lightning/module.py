@@ -45,10 +45,10 @@ class MergeModule(TaskEvaluation):
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
             `scale`, of fisher, regmean and mats, makes the merged task vector longer or shorter
-            (`merging.rescale`). `lora_rank`, of every method, merges LoRA adapters as their
-            products (what they add to the weights), which are made into factors of this rank by an
-            SVD; it is weighted with the statistics, which need `adapted_weights=True`, where the
-            method takes some.
+            (`merging.rescale`). `lora_rank`, of every method but those of the diagonal or block
+            Fisher, merges LoRA adapters as their products (what they add to the weights), which
+            are made into factors of this rank by an SVD; it is weighted with the statistics, which
+            need `adapted_weights=True`, where the method takes some.
         pretrained: the model that all tasks started from (a state dict, or a path that
             `load_weights` reads); needed by pretrained, the methods of task vectors
             (task_arithmetic, ties, dare, iso_c, tsv_m), and the options scale, init="pretrained"
@@ -192,8 +192,9 @@ class MergeModule(TaskEvaluation):
         PeftModel.from_pretrained loads. `tokenizer` is by default that of the tasks' module or
         data, if they have one.
 
-        Raises ValueError where there is no such model or several, or where it is not the same
-        for all tasks; FileExistsError for a folder that is not empty, without `overwrite`.
+        Raises ValueError where there is no such model or several, where it is not the same for all
+        tasks or nothing is merged, and for task names that are no file names; FileExistsError for
+        a folder that is not empty (with `overwrite`: that holds no model and no adapter).
         """
         first = self.model(next(iter(self.tasks)))
         return export_merge(

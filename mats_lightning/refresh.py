@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,8 +28,10 @@ from torch import Tensor
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
-from mats_lightning.rounds import Folder, RefreshPlan, Round
+from mats_lightning.names import plain_name
+from mats_lightning.rounds import Folder, RefreshPlan, Round, last_kept
 from mats_lightning.sampled import LogitsFn, choose_fisher
+from mats_lightning.sidecar import digest
 from mats_lightning.statistics import Statistics
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
 from mats_lightning.tasks import Part
@@ -55,6 +58,7 @@ def refresh(
     afterwards, and `module.scores` is empty until the next test.
 
     Arguments:
+        plan: RefreshPlan() by default, which fits heads.
         module: merged heads stay as they are, and so do others without `plan.heads`; weights of the
             tasks are those of the merge.
         trainer: for `validate`; one device. The default is a quiet one on what there is.
@@ -62,17 +66,25 @@ def refresh(
             interrupted refresh goes on from there, in the middle of a round's statistics too.
         logits_fn: (task's module, batch) -> logits, as in collect_statistics; needed with
             fisher="sampled" and labels="teacher".
-        loaders: task -> batches to take the statistics from, as they come; for tasks whose data
-            is no LightningDataModule. By default it is the first `rows` of the data module's
-            training rows in an order that depends on `seed` alone.
+        loaders: task -> batches, as they come, for tasks whose data is no LightningDataModule:
+            heads are fitted to all of them, statistics stop at `rows`. By default it is the first
+            `rows` of the data module's training rows in an order that depends on `seed` alone.
 
     Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing or
-    merged products of LoRA factors (lora_rank), unless plan.rounds is 0, several devices, training
-    loaders that rows cannot be picked from, no head to fit where heads are to be, a folder with
-    another refresh, and what merging, collecting and fitting raise.
+    merged products of LoRA factors (lora_rank), unless plan.rounds is 0, several devices, a
+    precision that converts modules, training loaders that rows cannot be picked from, no head to
+    fit where heads are to be, no validation rows, a folder with another refresh, and what merging,
+    collecting and fitting raise. The module then has the weights after the last round, as it has
+    them when the refresh is interrupted.
     """
     plan = plan or RefreshPlan()
     trainer = trainer or quiet_trainer()
+    if trainer.precision.endswith("-true") and trainer.precision != "32-true":
+        raise ValueError(
+            f"the trainer has precision={trainer.precision!r}, which converts the tasks' modules"
+            " when they are validated: convert them before, module.bfloat16(), and pass"
+            " Trainer(precision='32-true'), which leaves them as they are"
+        )
     if trainer.world_size > 1:
         raise ValueError(
             f"the trainer has {trainer.world_size} devices: a refresh takes its statistics on one;"
@@ -111,25 +123,58 @@ class _Refresh:
         self.heads: dict[str, State] = {}  # that were fitted to them
         self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
-        self.state = module.shared_state()
-        if plan.rounds:
-            self._put([])  # says so where nothing is merged
-        if plan.heads and not module.own_heads():
+        self.state = self._in_modules_dtypes(module.shared_state())
+        self.before = module.own_heads()  # of the merge, or fitted to it earlier
+        if plan.heads and not self.before:
             raise ValueError(
                 f"heads={plan.heads}: no task has a head of its own to fit; for steps of what is"
                 " merged alone pass heads=(), rounds=1"
             )
         names_with(plan.kept, list(self.state), "kept")
-        self.folder = Folder(Path(folder), asdict(plan), self.state)
+        self.folder = Folder(Path(folder), asdict(plan), self.state, self._about_tasks())
+        self.rounds = self.folder.history()[: plan.rounds + 1]
+        if plan.rounds:
+            self._put([])  # says so where nothing is merged
+
+    def _in_modules_dtypes(self, state: State) -> State:
+        """As what runs has them: the merge may have those of the checkpoints."""
+        module = next(iter(self.module.tasks.values())).module
+        own = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+        return {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+
+    def _about_tasks(self) -> dict[str, Any]:
+        """What decides the rounds beside the plan and the merge: a folder is of these alone."""
+        merged_heads = self.module.own_heads()
+        return {
+            name: {
+                "metric": task.metric,
+                "weight": self.module.task_weights[name],
+                "head": digest({n: task.weights[n] for n in merged_heads.get(name, ())}),
+                "rows": self.tasks.rows_of(name),
+            }
+            for name, task in self.module.tasks.items()
+        }
 
     def run(self) -> list[Round]:
-        rounds = self.folder.history()[: self.plan.rounds + 1]
+        """See `refresh`; whatever ends it early, the module has the weights of the last round."""
+        try:
+            return self._run()
+        except BaseException:
+            self._put(self.rounds)
+            if self.before:
+                how = self._how(self.rounds) if self.rounds else {}
+                self.module.replace_heads(self.before | self.heads, how)
+            self.module.scores = {}
+            raise
+
+    def _run(self) -> list[Round]:
+        rounds = self.rounds
         if rounds:
-            kept = max(done.number for done in rounds if done.taken or not done.number)
+            kept = last_kept(rounds)
             self.state, self.heads = self.folder.state(kept), self.folder.heads(kept)
             self._put(rounds)
         else:
-            rounds = [self._round_0()]
+            rounds.append(self._round_0())
             self.folder.keep(rounds, self.state, self.heads)
         while len(rounds) <= self.plan.rounds and (rounds[-1].taken or len(rounds) == 1):
             rounds.append(self._round(len(rounds), rounds))
@@ -151,11 +196,11 @@ class _Refresh:
         tried: dict[str, float] = {}
         fitted: dict[str, int] = {}
         if self.plan.heads:
-            tried["0"] = sum(self.module.scores.values()) / len(self.module.scores)
+            tried["0"] = mean(self.module.scores.values())
             fitted, seconds["heads"] = self._fit_heads([])
             seconds["validation"] += self._validate()
             self.heads = {name: self.module.own_heads()[name] for name in fitted}
-            after = sum(self.module.scores.values()) / len(self.module.scores)
+            after = mean(self.module.scores.values())
             rank_zero_info(f"refresh, heads: {tried['0']:.4f} -> {after:.4f} on validation")
         return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted)
 
@@ -182,7 +227,7 @@ class _Refresh:
                 seconds["heads"] += took
             seconds["validation"] += self._validate()
             scores = dict(self.module.scores)
-            average = tried[str(step)] = sum(scores.values()) / len(scores)
+            average = tried[str(step)] = mean(scores.values())
             if average >= before[-1].average:
                 self.state = state
                 self.heads = {name: self.module.own_heads()[name] for name in fitted}
@@ -219,7 +264,13 @@ class _Refresh:
     def _validate(self) -> float:
         """Puts the scores into the module; the seconds that it took."""
         started = time.perf_counter()
+        self.module.scores = {}
         self.trainer.validate(self.module, verbose=False)
+        if not self.module.scores:
+            raise ValueError(
+                "validation has run no batch, and it decides what a refresh keeps: give the tasks"
+                " validation rows, and a trainer without limit_val_batches=0"
+            )
         return time.perf_counter() - started
 
     def _put(self, rounds: list[Round]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 # part -> for each of its calls, what the inputs were and what came out
 Tape = dict[nn.Module, list[tuple[str, Any]]]
@@ -34,7 +34,8 @@ class Replay:
 
     def __init__(self, roots: Sequence[nn.Module], trained: Iterable[Tensor]) -> None:
         own = {id(parameter) for parameter in trained}
-        self.parts = [part for root in roots for part in _without(root, own)]
+        found = (part for root in roots for part in _without(root, own))
+        self.parts = list(dict.fromkeys(found))  # a module may have two names
         self._fixed: set[nn.Module] | None = None  # of the parts; unknown before a recording
 
     @contextmanager
@@ -50,7 +51,7 @@ class Replay:
             if first and _may_change(output):
                 changing.add(part)
             elif first or part in (self._fixed or ()):
-                tape.setdefault(part, []).append((_described(args, options), output))
+                tape.setdefault(part, []).append((_described(args, options), _copied(output)))
             return output
 
         with self._patched(run):
@@ -80,7 +81,7 @@ class Replay:
                     " batches must come in the same order each time, so let their loader not"
                     " shuffle"
                 )
-            return known[at][1]
+            return _copied(known[at][1])
 
         with self._patched(run):
             yield
@@ -127,7 +128,19 @@ def _may_change(output: Any) -> bool:
     )
 
 
+def _copied(output: Any) -> Any:
+    """What comes behind a part may change what it was given in place."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+
 def _described(args: Any, options: Any) -> str:
-    """Shapes and sums of the tensors: enough to notice other batches."""
+    """Shapes and weighted sums of the tensors: enough to notice other batches, or another order."""
     tensors = [leaf.detach() for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor)]
-    return str([(tuple(tensor.shape), tensor.float().sum().item()) for tensor in tensors])
+    return str([(tuple(tensor.shape), _weighted_sum(tensor)) for tensor in tensors])
+
+
+def _weighted_sum(tensor: Tensor) -> float:
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    flat = tensor.flatten().to(wide)
+    places = torch.arange(len(flat), device=flat.device).remainder_(8191).add_(1)  # a prime
+    return float(flat @ places.to(wide))

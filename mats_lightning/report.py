@@ -64,7 +64,7 @@ def print_table(rows: Sequence[Row], title: str, console: Console | None = None)
 
     Where one row is "individual", a last column has the average relative to it. A table wider
     than the console is printed in longer lines; nothing is cut. Raises ValueError for no rows,
-    rows of unequal tasks, and two rows "individual".
+    rows of unequal tasks or without scores, two rows "individual", or a score of 0 in it.
     """
     header, *lines = _cells(rows, digits=3)
     console = console or Console()

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
@@ -37,8 +38,9 @@ class RefreshPlan:
             kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
             (0.01, say): the gradient of few rows has noise where they have no curvature.
         fisher: of the curvature: "empirical" or "sampled".
-        labels: of the gradient, and of the empirical Fisher: those of the "data", or what the
-            task's own model predicts ("teacher"; see `distillation.soft_targets`).
+        labels: that heads are fitted to, and of the gradient and the empirical Fisher: those of
+            the "data", or what the task's own model predicts ("teacher", which needs `logits_fn`;
+            see `distillation.soft_targets`).
         decay: what the sums of the rounds before count beside a round's own: averages the
             curvature, not the gradient.
         tries: steps that a round tries, each half of the one before, until validation is no worse
@@ -106,7 +108,7 @@ class Round:
 
     @property
     def average(self) -> float:
-        return sum(self.scores.values()) / len(self.scores)
+        return mean(self.scores.values())
 
     @property
     def taken(self) -> bool:
@@ -114,18 +116,31 @@ class Round:
         return self.step > 0
 
 
+def last_kept(rounds: Sequence[Round]) -> int:
+    """The number of the round whose weights stand at the end of these."""
+    return max(done.number for done in rounds if done.taken or not done.number)
+
+
 class Folder:
-    """`history.json`, `round-<n>.safetensors` for each round that was taken, beside it
+    """`history.json`, `round-<n>.safetensors` for round 0 and each that was taken, beside it
     `heads-<n>.safetensors` with its fitted heads, and below `statistics/` the sidecars of the round
-    under way.
+    under way (with `decay` of the one before, too).
 
     Raises ValueError, in `history`, where it holds rounds of another plan (`rounds` aside: more of
-    them may follow), or from other weights than `start`.
+    them may follow), of other `tasks`, or from other weights than `start`. These may also be those
+    after the last of its rounds.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, Any], start: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Mapping[str, Any],
+        start: Mapping[str, Tensor],
+        tasks: Mapping[str, Any],
+    ) -> None:
         self.path = path
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as the file gives it back
+        self.tasks: dict[str, Any] = json.loads(json.dumps(tasks))
         self.start = _of_state(start)
 
     def history(self) -> list[Round]:
@@ -140,12 +155,21 @@ class Folder:
                     f"{self.path} holds a refresh with {name}={known['plan'].get(name)!r}, and this"
                     f" one has {value!r}: give the same plan to go on, or another folder"
                 )
-        if known["start"] != self.start:
+        for task in known["tasks"].keys() | self.tasks.keys():
+            before, now = known["tasks"].get(task, {}), self.tasks.get(task, {})
+            if odd := sorted(what for what in before | now if before.get(what) != now.get(what)):
+                raise ValueError(
+                    f"{self.path} holds a refresh of other tasks: '{task}' has another {odd[0]}."
+                    " Give the same tasks to go on, or another folder"
+                )
+        rounds = [Round(**fields) for fields in known["rounds"]]
+        if self.start not in (known["start"], _of_state(self.state(last_kept(rounds)))):
             raise ValueError(
                 f"{self.path} holds a refresh that started from other merged weights: merge as"
                 " before to go on, or give another folder"
             )
-        return [Round(**fields) for fields in known["rounds"]]
+        self.start = known["start"]
+        return rounds
 
     def keep(
         self, rounds: list[Round], state: Mapping[str, Tensor], heads: Mapping[str, Weights]
@@ -163,7 +187,8 @@ class Folder:
             if fitted:
                 save_state(fitted, self.fitted_heads(last.number))
         done = [asdict(round_) for round_ in rounds]
-        text = json.dumps({"plan": self.plan, "start": self.start, "rounds": done}, indent=2)
+        known = {"plan": self.plan, "tasks": self.tasks, "start": self.start, "rounds": done}
+        text = json.dumps(known, indent=2)
 
         def write(file: Path) -> None:
             file.write_text(f"{text}\n", encoding="utf-8")

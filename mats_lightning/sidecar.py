@@ -6,7 +6,8 @@
   shape; "A/<group>", "A_reduced/<group>", "G/<module>" and "block_fisher/<parameter>" as the
   packed upper triangle, row by row, of a symmetric (d, d) matrix: d (d + 1) / 2 numbers (on
   request in bfloat16), and one such row for each group of a convolution, or each block of a
-  factor that is cut into blocks; "a/<group>" (d_in,), the sum of the inputs;
+  factor that is cut into blocks; "a/<group>" (d_in,), the sum of the inputs, or a row for each
+  group or block as well;
   "counts/<module>" (rows,), how often each row of an embedding was looked up;
   "gradient/<parameter>", where it was asked for, the sum of the examples' gradients of the loss
   (with labels sampled for the curvature, too), in the parameter's shape;
@@ -21,7 +22,8 @@
   blocks A and G are cut, where they are), `tied`, `skipped_batches`, `notes`, `digest` (covered
   parameter -> SHA-256 of the weights that it belongs to), `versions`.
 
-Divide sums by `examples` (A and a by their group's positions) to have what the README defines.
+Divide sums by `examples` (A, a and counts by their group's positions; A_reduced by `examples`) to
+have what the README defines.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ from mats_lightning.measuring import statistics_at
 from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn
+from mats_lightning.products import lora_of
 from mats_lightning.rounds import Folder, RefreshPlan
 from mats_lightning.sampled import LogitsFn
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
@@ -62,10 +63,10 @@ class TaskRounds:
         for name in track(own, "fitting heads", disable=not self.progress, transient=True):
             task = self.module.tasks[name]
             loss_fn, teacher = None, None
-            if self.plan.labels == "teacher":
-                loss_fn, teacher = self._teacher(task)
             trained = map(plain_name, dict(task.module.named_parameters()))
             with self._on_device(task.module):
+                if self.plan.labels == "teacher":
+                    loss_fn, teacher = self._teacher(task)
                 found = fit_head(
                     task.module,
                     self._batches(task),
@@ -75,7 +76,9 @@ class TaskRounds:
                     score=partial(self._score, task),
                     others=[] if teacher is None else [teacher],
                 )
-            fitted[name], heads[name] = found.iterations, own[name] | found.state  # and buffers
+            state = {plain_name(n): t for n, t in task.module.state_dict().items()}  # all names
+            fitted[name] = found.iterations
+            heads[name] = {n: state[n].detach().clone() for n in own[name]}
         return fitted, heads
 
     def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
@@ -104,10 +107,11 @@ class TaskRounds:
         return self.module.scores[task.name]
 
     def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
-        """The task's own model, and the loss that it gives."""
+        """The task's own model, where its module is, and the loss that it gives."""
         assert self.logits_fn is not None
         teacher = copy.deepcopy(task.module)
-        load_state(teacher, task.weights)
+        load_state(teacher, task.weights, lora_of(task))  # a merge may have changed its form
+        teacher.to(self.device)
         return soft_targets(teacher, self.logits_fn), teacher
 
     def _collected(self, task: Task, state: State) -> Statistics:
@@ -127,6 +131,12 @@ class TaskRounds:
                 progress=self.progress,
                 **options,
             )
+
+    def rows_of(self, name: str) -> int | None:
+        """How many a task has to choose from; None where its batches are given."""
+        if name in self.loaders:
+            return None
+        return len(self.module.tasks[name].dataloader("fit", self.trainer).dataset)
 
     def _batches(self, task: Task) -> Iterable[Any]:
         if task.name in self.loaders:

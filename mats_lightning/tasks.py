@@ -171,7 +171,8 @@ class Task:
 
 def check_tasks(tasks: Sequence[Task]) -> None:
     """Raises ValueError for no task, a name given twice, a module that several tasks share, a
-    head that no parameter matches, or a head group without a head.
+    head that no parameter matches or that is tied to what is merged, or a head group without a
+    head.
     """
     if not tasks:
         raise ValueError("MergeModule needs at least one task")
@@ -194,10 +195,23 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                     f" {', '.join(sorted({name.split('.')[0] for name in names}))};"
                     " pass head=() if the task has none"
                 )
+        _check_not_tied(task)
         if task.head_group is not None and not task.head:
             raise ValueError(
                 f"task '{task.name}' is in the head group '{task.head_group}' and has no head:"
                 " say which parameters it is in Task(head=...)"
+            )
+
+
+def _check_not_tied(task: Task) -> None:
+    """One parameter cannot be merged under one of its names and be the task's own under another."""
+    first: dict[Tensor, str] = {}
+    for name, parameter in task.module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if task.owns(plain_name(name)) != task.owns(plain_name(other)):
+            raise ValueError(
+                f"task '{task.name}': '{other}' and '{name}' are one parameter, and one of the two"
+                " names is in the head alone: name both in Task(head=...), or neither"
             )
 
 

@@ -4,8 +4,9 @@
         --trainer.default_root_dir runs/finetune/sms
 
 Every other setting of the trainer, the model and the data can be given in the same way; `--help`
-after the subcommand lists them. Another data set: `--data.hub '{dataset: stanfordnlp/sst2,
-text_column: sentence, test_split: validation}'`; another model: `--model.backbone <hub id>`.
+after the subcommand lists them. Another data set: `--data.task null --data.hub '{dataset:
+stanfordnlp/sst2, text_column: sentence, test_split: validation}'`; another model:
+`--model.backbone <hub id>`.
 """
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI

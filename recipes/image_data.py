@@ -32,8 +32,8 @@ class ImageData(LabelledData):
     Args:
         task: mnist, digits, animals, solar, crystal, script or book.
         hub: where another data set is, and what its columns are called.
-        model: the model that the images are prepared for: a hub id, a local folder, or
-            "package:dinov2-small".
+        model: the model that the images are prepared for: a hub id, a local folder,
+            "package:dinov2-small" or "package:efficientnet-lite0".
         image_size: width and height in pixels.
         options: those of LabelledData.
     """

@@ -112,7 +112,8 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain values; any other object is refused before it is made.
 
     A pickle names the functions that it wants called: here the three that rebuild an array are
-    all that it can name. This is the one place where the recipes unpickle a file of others.
+    all that it can name. PyTorch's own, `weights_only=True`, reads the other such file
+    (efficientnet.py).
     """
 
     ADMITTED: Mapping[tuple[str, str], Any] = {

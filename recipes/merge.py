@@ -11,7 +11,8 @@ on from its last epoch. So do the merges: what was measured is in cells/ (see ce
 measured again by the same version of mats_lightning; `--again` forgets what is measured of these
 methods on these fine-tunes: give it after a change in the code. `output_dir` then holds results.md,
 results.csv, results.json (each point of each grid, seconds, memory), scores.png, residuals.png,
-merged/ (the best merge, for `AutoModel.from_pretrained`) and tasks/ (checkpoints and statistics).
+merged/ (the best merge, for `AutoModel.from_pretrained`, or, of adapters, for
+`PeftModel.from_pretrained`) and tasks/ (checkpoints and statistics).
 """
 
 import itertools
@@ -156,7 +157,7 @@ def report(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 
 def export(comparison: Comparison, folder: Path) -> str | None:
-    """The merge that is best on validation, for AutoModel; returns its label."""
+    """The merge that is best on validation, for AutoModel or peft; returns its label."""
     if comparison.best is None:
         return None
     outcome, opened = comparison.best

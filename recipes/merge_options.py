@@ -1,4 +1,4 @@
-"""What can be set in merge.py and multitask.py: in YAML, or on the command line over it."""
+"""What can be set in merge.py and its like: in YAML, or on the command line over it."""
 
 import argparse
 import itertools

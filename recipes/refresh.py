@@ -82,7 +82,7 @@ class Line:
     """One line of the table."""
 
     row: Row
-    seconds: float | None  # since the merge: statistics and steps, or training
+    seconds: float | None  # since the merge: heads, statistics and steps, or training
 
 
 def main(args: Sequence[str] | None = None) -> list[Line]:
@@ -263,7 +263,7 @@ def report(
 ) -> None:
     """The table on the console and in files, the figure, and all numbers as JSON."""
     rows, folder = [line.row for line in lines], options.output_dir / "refresh"
-    print_table(rows, "test accuracy; seconds are those of statistics and steps, or of training")
+    print_table(rows, "test accuracy; seconds are those of heads and steps, or of training")
     write_markdown(rows, folder / "results.md")
     write_csv(rows, folder / "results.csv")
     steps = [line for line in lines[1:] if not line.row.method.startswith("trained")]

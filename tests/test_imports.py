@@ -113,6 +113,7 @@ ALLOWED: dict[str, set[str]] = {
         "module",
         "names",
         "passes",
+        "products",
         "rounds",
         "sampled",
         "sidecar",
@@ -122,8 +123,10 @@ ALLOWED: dict[str, set[str]] = {
     "refresh": {
         "merging",
         "module",
+        "names",
         "rounds",
         "sampled",
+        "sidecar",
         "statistics",
         "task_rounds",
         "tasks",

@@ -12,13 +12,14 @@ from test_capture import assert_equals, captured
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from mats_lightning.statistics import KINDS, Statistics, add_squares_of_sum, find_coverage
+from mats_lightning.statistics import KINDS, Statistics, find_coverage
 from mats_lightning.statistics.factors import add_input
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
     LookupGradients,
     MatrixGradients,
     VectorGradients,
+    add_squares_of_sum,
 )
 from mats_lightning.statistics.layers import RULES
 

@@ -22,6 +22,6 @@ def average(
     """
     names, w = check_models(thetas), check_weights(weights, len(thetas))
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         merged[name] = weighted_mean(tensors, w).to(dtype)
     return merged

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.forms import matrix_form, of_embedding, statistic_name
-from mats_lightning.merging.models import Weights, check_models, names_with, weighted_mean
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    names_with,
+    of_batch_norm,
+    weighted_mean,
+)
 from mats_lightning.operators import (
     Damped,
     Dense,
@@ -276,7 +282,8 @@ def check_statistics(
     if uncovered == "error":
         known = covering.keys() | set(folded.values())
         for name in thetas[0]:
-            if name not in known and thetas[0][name].is_floating_point():
+            running = of_batch_norm(name, thetas[0])  # merged by their counts
+            if name not in known and not running and thetas[0][name].is_floating_point():
                 raise ValueError(
                     f"'{name}' has no statistic {' or '.join(kinds)}; choose"
                     " uncovered='average' or 'pretrained', or a statistic that covers it"

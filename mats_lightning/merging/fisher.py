@@ -46,7 +46,7 @@ def fisher(
     check_range("floor", floor)
     kind_of, _ = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         if name in kind_of:
             operators = task_operators(
                 name, kind_of[name], statistics, tensors[0], w, floor=floor, normalize=normalize

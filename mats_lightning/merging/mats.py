@@ -25,6 +25,7 @@ from mats_lightning.merging.models import (
     check_weights,
     distance,
     parameters,
+    stored_dtype,
     weighted_mean,
 )
 from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
@@ -133,6 +134,7 @@ def mats(
             first that covers a parameter is taken, e.g. ("kfac", "block_fisher",
             "diagonal_fisher").
         init: where CG starts: "average", "pretrained", or a state dict.
+        pretrained: the model that all started from, for init and uncovered.
         iterations: of CG; a sequence gives the states after each of these counts, from one run,
             as {count: MergeResult}.
         preconditioner: "kronecker" applies the inverse of (sum A) x (sum G), exact for
@@ -182,7 +184,7 @@ def mats(
     done_with_weight = set(folded.values())
     results = {count: MergeResult({}) for count in counts}
     fixed: dict[str, Tensor] = {}  # not floating point: equal in all models
-    for index, (name, tensors, dtype) in enumerate(parameters(names, thetas, fixed)):
+    for index, (name, tensors, dtype) in enumerate(parameters(names, thetas, w, fixed)):
         if on_block is not None:
             on_block(name, index, len(names))
         if name in done_with_weight:
@@ -229,7 +231,8 @@ def mats(
             converged = residuals[-1] <= tolerance
             block = Block(kind_of[name], done, residuals, converged, at_edge)
             if bias is not None:
-                result.state_dict[bias] = value[:, -1].to(thetas[0][bias].dtype)
+                of_bias = stored_dtype([theta[bias] for theta in thetas])
+                result.state_dict[bias] = value[:, -1].to(of_bias)
                 result.blocks[bias], value = block, value[:, :-1].contiguous()
             result.state_dict[name] = form.back(value).to(dtype)
             result.blocks[name] = block

@@ -106,25 +106,32 @@ def merge_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
+def stored_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What a merge of these is given out in."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors))
+
+
 def parameters(
-    names: Sequence[str], thetas: Sequence[Weights], merged: dict[str, Tensor]
+    names: Sequence[str],
+    thetas: Sequence[Weights],
+    weights: Sequence[float],
+    merged: dict[str, Tensor],
 ) -> Iterator[tuple[str, list[Tensor], torch.dtype]]:
     """(name, the models' tensors in the dtype to compute in, the dtype to return), one at a time.
 
-    What batch normalisation counts and averages goes to `merged`, weighted by the counts. What is
+    What batch normalisation averages goes to `merged`, weighted by weights times counts. What is
     not floating point (position ids, counters) is not merged: it must be equal in all models and
     goes to `merged` as it is. Raises ValueError where it is not equal.
     """
-    running = _running_statistics(names, thetas)
+    running = _running_statistics(names, thetas, weights)
     merged |= running
     for name in names:
         if name in running:
             continue
         tensors = [theta[name].detach() for theta in thetas]
         if all(tensor.is_floating_point() for tensor in tensors):
-            stored = reduce(torch.promote_types, (t.dtype for t in tensors))
             dtype = merge_dtype(tensors)
-            yield name, [tensor.to(dtype) for tensor in tensors], stored
+            yield name, [tensor.to(dtype) for tensor in tensors], stored_dtype(tensors)
             continue
         for i, tensor in enumerate(tensors):
             if not torch.equal(tensor, tensors[0]) or tensor.dtype != tensors[0].dtype:
@@ -143,8 +150,12 @@ def of_batch_norm(name: str, names: Container[str]) -> bool:
     return counted and last in ("running_mean", "running_var")
 
 
-def _running_statistics(names: Sequence[str], thetas: Sequence[Weights]) -> dict[str, Tensor]:
+def _running_statistics(
+    names: Sequence[str], thetas: Sequence[Weights], weights: Sequence[float]
+) -> dict[str, Tensor]:
     """Batch normalisation's buffers, as of one layer that has seen the batches of all models.
+
+    A model's batches count `weights` times.
 
     The variance around the common mean: mean of (var_i + mean_i^2) - mean^2.
     """
@@ -154,12 +165,12 @@ def _running_statistics(names: Sequence[str], thetas: Sequence[Weights]) -> dict
         keys = [f"{prefix}running_mean", f"{prefix}running_var"]
         if prefix == name or not set(keys) <= set(names):
             continue
-        counts = [float(theta[name]) for theta in thetas]
-        weights = counts if sum(counts) else [1.0] * len(thetas)
+        counts = [w * float(theta[name]) for w, theta in zip(weights, thetas, strict=True)]
+        seen = counts if sum(counts) else weights
         means, variances = ([theta[key].detach().double() for theta in thetas] for key in keys)
-        mean = weighted_mean(means, weights)
+        mean = weighted_mean(means, seen)
         around = [v + (m - mean).square() for v, m in zip(variances, means, strict=True)]
-        values = (mean, weighted_mean(around, weights))
+        values = (mean, weighted_mean(around, seen))
         for key, value in zip(keys, values, strict=True):
             merged[key] = value.to(thetas[0][key].dtype)
         merged[name] = torch.stack([theta[name].detach() for theta in thetas]).sum(0)
@@ -167,8 +178,9 @@ def _running_statistics(names: Sequence[str], thetas: Sequence[Weights]) -> dict
 
 
 def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum w_i theta_i / sum w_i."""
+    """sum w_i theta_i / sum w_i; a weight of 0 shuts out NaN as well."""
     total = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
+        if weight:
+            total.add_(tensor, alpha=weight)
     return total.div_(sum(weights))

@@ -66,7 +66,7 @@ def refresh_step(
 
     Arguments:
         merged: theta_m. Parameters without a statistic stay as they are there, and are named in
-            the result's `uncovered`; so do buffers.
+            the result's `uncovered`. Buffers stay, too.
         statistics: one a task, taken at `merged` (check_belongs of mats_lightning.sidecar says
             whether they are). With mix > 0 they need "gradient", and should be of the sampled
             Fisher: the empirical one vanishes with the gradient, and is no Hessian.
@@ -83,8 +83,9 @@ def refresh_step(
             minimum of one sum of losses: leave it out for that. A task without any curvature in
             a block has no part in it.
         kept: regular expressions; parameters whose names have one of them stay as they are.
-        objective, iterations, preconditioner, preconditioner_damping, off_diagonal, floor,
-            weights, on_block: as in `mats`. `tolerance` is relative to the right-hand side.
+        iterations: of CG, one number.
+        objective, preconditioner, preconditioner_damping, off_diagonal, floor, weights, on_block:
+            as in `mats`. `tolerance` is relative to the right-hand side.
 
     Raises ValueError as `mats` does, and for missing gradients or thetas, or for an objective
     whose curvature has not the scale of the loss (gram, average) with mix > 0.
@@ -103,7 +104,8 @@ def refresh_step(
         known = ", ".join(map(repr, PRECONDITIONERS))
         raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
     kind_of = covering_statistics(names, objective_kinds(objective), statistics)
-    for name in names_with(kept, list(names), "kept"):
+    stay = names_with(kept, list(names), "kept")
+    for name in stay:
         kind_of.pop(name, None)
     if mix > 0:
         _check_gradients(kind_of, statistics)
@@ -114,7 +116,8 @@ def refresh_step(
         before = merged[name].detach()
         if name not in kind_of or not before.is_floating_point():
             result.state_dict[name] = before.clone()
-            if before.is_floating_point() and not of_batch_norm(name, names):
+            of_none = name not in stay and not of_batch_norm(name, names)
+            if before.is_floating_point() and of_none:
                 result.uncovered.append(name)
             continue
         theta_m = before.to(merge_dtype([before]))

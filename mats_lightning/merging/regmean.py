@@ -17,6 +17,7 @@ from mats_lightning.merging.models import (
     check_range,
     check_weights,
     parameters,
+    stored_dtype,
 )
 from mats_lightning.operators import Damped, Diagonal, Operator
 from mats_lightning.solvers import symmetric_inverse
@@ -56,7 +57,7 @@ def regmean(
         thetas, statistics, STATISTICS, uncovered, pretrained, fold_bias
     )
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         if name in kind_of:
             operators = task_operators(
                 name,
@@ -83,7 +84,8 @@ def regmean(
             except ValueError as error:
                 raise ValueError(f"RegMean of '{name}': {error}") from error
             if name in folded:
-                merged[folded[name]] = value[:, -1].to(thetas[0][folded[name]].dtype)
+                of_bias = stored_dtype([theta[folded[name]] for theta in thetas])
+                merged[folded[name]] = value[:, -1].to(of_bias)
                 value = value[:, :-1]
             value = form.back(value.contiguous())
         elif name in folded.values():

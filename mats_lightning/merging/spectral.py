@@ -37,7 +37,7 @@ def merge_matrices(
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
     apart = names_with(averaged, names, "averaged")
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         start = pretrained[name].detach().to(tensors[0])
         taus = [tensor - start for tensor in tensors]
         if not all(finite(tau) for tau in taus):

@@ -20,10 +20,11 @@ def task_arithmetic(
     """
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         start = pretrained[name].detach().to(tensors[0])
         total = start.clone()
         for tensor, weight in zip(tensors, w, strict=True):
-            total.add_(tensor - start, alpha=scale * weight)
+            if weight:
+                total.add_(tensor - start, alpha=scale * weight)
         merged[name] = total.to(dtype)
     return merged

@@ -34,7 +34,7 @@ def ties(
     names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
     thresholds = _thresholds(names, thetas, pretrained, density)
     merged: dict[str, Tensor] = {}
-    for name, tensors, dtype in parameters(names, thetas, merged):
+    for name, tensors, dtype in parameters(names, thetas, w, merged):
         start = pretrained[name].detach().to(tensors[0])
         trimmed = []
         for tensor, threshold in zip(tensors, thresholds, strict=True):

@@ -60,7 +60,7 @@ def _blocks(d: int, limit: int) -> int:
     return next((k for k in counts if d % k == 0), 1)
 
 
-SMALLEST_BLOCK = 16  # a factor that falls into smaller ones alone (its size a prime) stays whole
+SMALLEST_BLOCK = 16  # a factor that falls into smaller ones alone (its size a prime) is left out
 
 
 @dataclass

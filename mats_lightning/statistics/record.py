@@ -19,7 +19,7 @@ COUNTS = "counts"  # embedding -> how often each row was looked up, (rows,)
 OUTPUT = "G"  # module -> sum over positions of g g^T, (d_out, d_out)
 GRADIENT = "gradient"  # parameter -> sum_n grad_n of the loss, shape of the parameter
 # G of K-FAC with reduce: sum over examples of their summed g's g g^T. A, a and G of a convolution
-# with groups have an axis of groups in front.
+# with groups, or cut into blocks, have an axis of these in front.
 OF_INPUTS = (INPUT, INPUT_SUM, REDUCED, COUNTS)
 
 
@@ -66,7 +66,8 @@ class Statistics:
     - `block_fisher[parameter]` = 1/N sum_n grad_n grad_n^T of a vector, (d, d);
     - `gradient[parameter]` = 1/N sum_n grad_n, the parameter's shape, where it was asked for.
 
-    Convolutions have one A and one G for each group, (groups, d, d), where there are several.
+    Where a convolution has several groups, or a factor is cut into blocks, A, G and the mean input
+    have an axis of these in front: (groups, d, d).
 
     `tensors` holds the raw sums under "<kind>/<name>"; it may be lazy (`load_statistics`).
     Two records of the same model add with `+`: epochs, shards, ranks.
@@ -195,7 +196,6 @@ class Statistics:
             tensors[key] = self.tensors[key] * share
         return Statistics(tensors, examples, positions, dict(self.inputs), dict(self.info))
 
-
     def prefixed(self, prefix: str) -> "Statistics":
         """With `prefix` before all names, for a model that became a part of another module."""
 
@@ -247,5 +247,5 @@ def _sum(key: str, first: Tensor, *rest: Tensor) -> Tensor:
                 f"these statistics are of different models: '{key}' has shape"
                 f" {tuple(total.shape)} in one and {tuple(tensor.shape)} in the other"
             )
-        total += tensor
+        total += tensor.to(total.device)  # one of the two may come from a file
     return total

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
+from paper_long import relative
 from paper_tables import Record, merge_seconds
 
 from mats_lightning.joint import REFERENCES
@@ -128,47 +129,55 @@ def by_cost(records: Sequence[Record]) -> Figure | None:
 
 
 def by_seconds(records: Sequence[Record]) -> Figure | None:
-    """Test average against the seconds of a refresh or a training, means over the seeds.
+    """Test scores, relative to the individual models of the same seed, against the seconds of a
+    refresh or a training: means over the seeds there are, which not all lines have.
 
     A line through the rounds of a plan, a marker alone where there are none.
     """
-    points: dict[tuple[str, str], dict[int, list[Cell]]] = {}
+    alone = {
+        r.seed: r.cell
+        for r in records
+        if r.table == "methods" and r.label == "individual" and r.cell
+    }
+    points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for record in records:
-        refreshed = record.table == "refresh" and record.split == "test"
-        if refreshed and record.cell is not None:
-            plan = "" if record.is_training else record.settings
-            own = points.setdefault((record.label, plan), {})
-            own.setdefault(record.iterations, []).append(record.cell)
+        label = record.label
+        if record.table == "refresh" and not record.is_training:
+            label += f", {record.settings}"
+        shown = record.table == "refresh" or label == "multitask"
+        if shown and record.split == "test" and record.cell and record.seed in alone:
+            point = record.cell.merge_seconds, relative(record.cell, alone[record.seed])
+            points.setdefault(label, {}).setdefault(record.iterations, []).append(point)
+    multitask = points.pop("multitask", None)
     if not points:
         return None
-    found = averages_of(records)
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for number, ((label, plan), rounds) in enumerate(points.items()):
-        curve = [
-            (max(mean(c.merge_seconds for c in cells), 1.0), mean(c.average for c in cells))
-            for _, cells in sorted(rounds.items())
-        ]
+    for number, (label, rounds) in enumerate(points.items()):
+        curve = [means(own) for _, own in sorted(rounds.items())]
         axes.plot(
             *zip(*curve, strict=True),
             marker="o" if len(curve) > 1 else MARKERS[number // 10 % len(MARKERS)],
             markersize=4 if len(curve) > 1 else 7,
             color=colormaps["nipy_spectral"](0.05 + 0.9 * number / len(points)),
-            label=", ".join(filter(None, (label, plan))),
+            label=label,
         )
-    if "multitask" in found:
-        cells = found["multitask"]
-        seconds, average = mean(c.merge_seconds for c in cells), mean(c.average for c in cells)
-        axes.plot([seconds], [average], "*", markersize=12, color="black", label="multitask")
-    if "individual" in found:
-        average = mean(cell.average for cell in found["individual"])
-        axes.axhline(average, color="black", linestyle="--", linewidth=1, label="individual")
+    if multitask is not None:
+        (own,) = multitask.values()
+        axes.plot(*means(own), "*", markersize=12, color="black", label="multitask")
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="individual")
     axes.set_xscale("log")
     axes.set_xlabel("seconds of the refresh, or of training; the merge is not counted")
-    axes.set_ylabel("average on test rows")
+    axes.set_ylabel("test scores, relative to the individual models")
     tidy(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     return figure
+
+
+def means(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The mean seconds, 1 at least (the axis is logarithmic), and the mean score."""
+    seconds, scores = zip(*points, strict=True)
+    return max(mean(seconds), 1.0), mean(scores)
 
 
 def by_task(records: Sequence[Record], tasks: Sequence[str]) -> Figure | None:

@@ -179,6 +179,17 @@ def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     However the loader shuffles; with a SubsetRandomSampler they are rows of its subset. Raises
     ValueError for a loader that rows cannot be picked from.
     """
+    known = rows_to_pick(loader)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    chosen: Subset[Any] = Subset(loader.dataset, [known[i] for i in order[:rows].tolist()])
+    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def rows_to_pick(loader: Any) -> Sequence[int]:
+    """The rows of its data set that a loader gives, each once.
+
+    Raises ValueError where it is not so.
+    """
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, Sized) or getattr(loader, "batch_size", None) is None:
         raise ValueError(
@@ -186,19 +197,11 @@ def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
             " DataLoader with a batch size over a data set with a length is needed; or pass"
             " loaders={name: batches}"
         )
-    known = _rows_of(loader.sampler, len(dataset))
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    chosen: Subset[Any] = Subset(loader.dataset, [known[i] for i in order[:rows].tolist()])
-    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
-
-
-def _rows_of(sampler: Any, size: int) -> Sequence[int]:
-    """The rows that a sampler gives, each once."""
+    sampler, size = loader.sampler, len(dataset)
     if isinstance(sampler, SubsetRandomSampler):
         return sampler.indices
-    drawn = isinstance(sampler, RandomSampler)
-    once = drawn and not sampler.replacement and sampler.num_samples == size
-    if not (isinstance(sampler, SequentialSampler) or once):
+    drawn_once = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if not (isinstance(sampler, SequentialSampler) or drawn_once) or len(sampler) != size:
         raise ValueError(
             f"rows cannot be picked out of its training loader, whose {type(sampler).__name__} says"
             " which rows there are, and how often: pass loaders={name: batches}"

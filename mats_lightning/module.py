@@ -148,6 +148,11 @@ class MergeModule(TaskEvaluation):
         self._put_in_place()
 
     @property
+    def refreshed(self) -> dict[str, Any]:
+        """How the merge was changed since, as the model card has it; {} where it was not."""
+        return dict(self._outcome().refreshed)
+
+    @property
     def task_weights(self) -> dict[str, float]:
         """task -> the number that it is merged with."""
         return dict(self._joint.weights)

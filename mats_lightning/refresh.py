@@ -125,6 +125,7 @@ class _Refresh:
         module.merge(self.device, progress)
         self.state = self._in_modules_dtypes(module.shared_state())
         self.before = module.own_heads()  # of the merge, or fitted to it earlier
+        self.how_before = module.refreshed
         if plan.heads and not self.before:
             raise ValueError(
                 f"heads={plan.heads}: no task has a head of its own to fit; for steps of what is"
@@ -160,9 +161,10 @@ class _Refresh:
         try:
             return self._run()
         except BaseException:
-            self._put(self.rounds)
+            how = self._how(self.rounds) if self.rounds else self.how_before
+            if self.plan.rounds:
+                self.module.replace_shared(MergeResult(self.state), how)
             if self.before:
-                how = self._how(self.rounds) if self.rounds else {}
                 self.module.replace_heads(self.before | self.heads, how)
             self.module.scores = {}
             raise

@@ -23,7 +23,8 @@ class Replay:
     """The largest submodules with parameters of which none is `trained`.
 
     What comes behind a trained parameter (its outputs require a gradient) runs in every pass; so
-    does what gives out anything but tensors, numbers and text in lists, dicts and the like. The
+    does what changes its inputs in place, and what gives out anything but tensors, numbers and text
+    in lists, dicts and the like. The
     first recording finds these, so it must be made with gradients on, and needs a forward that
     takes the same way in every pass: eval mode, no dropout.
 
@@ -47,11 +48,15 @@ class Replay:
             assert torch.is_grad_enabled()
 
         def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if not (first or part in (self._fixed or ())):
+                return forward(*args, **options)
+            given = _described(args, options)
             output = forward(*args, **options)
-            if first and _may_change(output):
+            # what changes its inputs in place does more than it gives out
+            if first and (_may_change(output) or given != _described(args, options)):
                 changing.add(part)
-            elif first or part in (self._fixed or ()):
-                tape.setdefault(part, []).append((_described(args, options), _copied(output)))
+            else:
+                tape.setdefault(part, []).append((given, _copied(output)))
             return output
 
         with self._patched(run):
@@ -142,5 +147,5 @@ def _described(args: Any, options: Any) -> str:
 def _weighted_sum(tensor: Tensor) -> float:
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     flat = tensor.flatten().to(wide)
-    places = torch.arange(len(flat), device=flat.device).remainder_(8191).add_(1)  # a prime
-    return float(flat @ places.to(wide))
+    places = torch.arange(len(flat), device=flat.device).to(wide)
+    return float(flat @ (1.2345 * places).sin())  # rows that change places change it

@@ -155,12 +155,15 @@ class Folder:
                     f"{self.path} holds a refresh with {name}={known['plan'].get(name)!r}, and this"
                     f" one has {value!r}: give the same plan to go on, or another folder"
                 )
-        for task in known["tasks"].keys() | self.tasks.keys():
-            before, now = known["tasks"].get(task, {}), self.tasks.get(task, {})
-            if odd := sorted(what for what in before | now if before.get(what) != now.get(what)):
+        for task in sorted(known["tasks"].keys() | self.tasks.keys()):
+            before, now = known["tasks"].get(task), self.tasks.get(task)
+            if before != now:
+                odd = "is in one of the two alone"
+                if before and now:
+                    odd = f"has another {min(what for what in now if before[what] != now[what])}"
                 raise ValueError(
-                    f"{self.path} holds a refresh of other tasks: '{task}' has another {odd[0]}."
-                    " Give the same tasks to go on, or another folder"
+                    f"{self.path} holds a refresh of other tasks: '{task}' {odd}. Give the same"
+                    " tasks to go on, or another folder"
                 )
         rounds = [Round(**fields) for fields in known["rounds"]]
         if self.start not in (known["start"], _of_state(self.state(last_kept(rounds)))):

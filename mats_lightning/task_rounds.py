@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from rich.progress import track
 from torch import Tensor, nn
 
-from mats_lightning.batches import first_rows
+from mats_lightning.batches import first_rows, rows_to_pick
 from mats_lightning.distillation import soft_targets
 from mats_lightning.heads import fit_head
 from mats_lightning.measuring import statistics_at
@@ -136,7 +136,7 @@ class TaskRounds:
         """How many a task has to choose from; None where its batches are given."""
         if name in self.loaders:
             return None
-        return len(self.module.tasks[name].dataloader("fit", self.trainer).dataset)
+        return len(rows_to_pick(self.module.tasks[name].dataloader("fit", self.trainer)))
 
     def _batches(self, task: Task) -> Iterable[Any]:
         if task.name in self.loaders:

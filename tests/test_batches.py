@@ -8,6 +8,15 @@ from models import MLP, Flattened, Transformer, texts, vectors
 from oracle import assert_close, expected
 from test_capture import captured
 from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from mats_lightning.batches import (
@@ -15,6 +24,7 @@ from mats_lightning.batches import (
     attention_mask,
     default_masks,
     encoder_decoder_masks,
+    first_rows,
 )
 from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
@@ -120,3 +130,40 @@ def test_statistics_of_different_kinds_do_not_add_up() -> None:
         parts[0] + parts[1]
     with pytest.raises(ValueError, match="weight_sharing='mean'; choose from expand, reduce"):
         find_coverage(model, KINDS, 8192, weight_sharing="mean")
+
+
+# -- rows that are picked out of a loader --------------------------------------------------------
+
+
+def picked(rows: int, seed: int = 1, **options: Any) -> list[int]:
+    """Of a data set with 40 rows, each its own number."""
+    loader = DataLoader(TensorDataset(torch.arange(40)), batch_size=4, **options)
+    return torch.cat([batch[0] for batch in first_rows(loader, rows, seed)]).tolist()
+
+
+def test_of_a_subset_its_rows_alone_are_picked() -> None:
+    subset = [3, 5, 8, 13, 21, 34]
+    found = picked(4, sampler=SubsetRandomSampler(subset))
+    assert len({*found}) == 4 and {*found} <= {*subset}
+    every = picked(100, sampler=SubsetRandomSampler(subset))
+    assert every[:4] == found and sorted(every) == subset
+    assert picked(100, seed=2, sampler=SubsetRandomSampler(subset)) != every
+
+
+def test_samplers_that_give_each_row_once_change_nothing() -> None:
+    numbers = range(40)
+    found = [picked(100, sampler=kind(numbers)) for kind in (SequentialSampler, RandomSampler)]
+    assert found[0] == found[1] == picked(100) and sorted(found[0]) == [*numbers]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        WeightedRandomSampler([0.0] * 20 + [1.0] * 20, 40),
+        RandomSampler(range(40), replacement=True),
+        RandomSampler(range(40), num_samples=10),
+    ],
+)
+def test_samplers_that_choose_rows_are_refused(sampler: Sampler[int]) -> None:
+    with pytest.raises(ValueError, match=f"whose {type(sampler).__name__} says which rows"):
+        picked(4, sampler=sampler)

@@ -1091,6 +1091,14 @@ def test_what_is_covered_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
             {"fisher": "sampled", "logits_fn": lambda module, batch: module.model.logits(batch)},
             "8 examples captured, in 2 of 4 batches; these took ",
         ),
+        (
+            {
+                "fisher": "sampled",
+                "logits_fn": lambda module, batch: module.model.logits(batch),
+                "draws": 3,
+            },
+            "8 examples captured, in 2 of 4 batches; these took ",
+        ),
     ],
 )
 def test_what_the_statistics_took_is_said_at_the_end(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mats_lightning import MergeModule, Task
 from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import export_adapter, export_huggingface
@@ -319,3 +322,21 @@ def test_card_that_cannot_be_written(
     with pytest.raises(ValueError, match=message):
         export_huggingface(tmp_path / "merged", model, None, {}, replace(CARD, **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = BertModel(CONFIG), nn.Linear(8, 2)
+
+
+def test_models_that_are_not_merged_are_no_model_to_export(tmp_path: Path) -> None:
+    tasks, rows = [], DataLoader[Any]([0])  # type: ignore[arg-type]
+    for name in ("trec", "sms"):
+        module = Classifier()
+        torch.save({"state_dict": module.state_dict()}, tmp_path / name)
+        tasks.append(Task(name, module, tmp_path / name, rows))
+    MergeModule(tasks, "average").export(tmp_path / "average")
+    with pytest.raises(ValueError, match=r"'individual' merges nothing.* or take .*model\(task\)"):
+        MergeModule(tasks, "individual").export(tmp_path / "individual")
+    assert {path.name for path in tmp_path.iterdir()} == {"trec", "sms", "average"}

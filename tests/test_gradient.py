@@ -202,3 +202,18 @@ def test_a_teacher_of_another_task_is_refused() -> None:
     teacher.second = nn.Linear(5, 4).double()
     with pytest.raises(ValueError, match=r"teacher gives logits \(4, 4\) and the model \(4, 3\)"):
         collected(made(0), vectors(), loss_fn=soft_targets(teacher, logits_of))
+
+
+def test_a_class_that_cannot_occur_costs_nothing() -> None:
+    def without(model: Any, batch: Batch) -> Tensor:
+        return logits_of(model, batch)[:, [0, 2]]
+
+    def impossible(model: Any, batch: Batch) -> Tensor:
+        return logits_of(model, batch).index_fill(1, torch.tensor([1]), -torch.inf)
+
+    model, teacher, (batch, *_) = made(0), made(1), vectors()
+    losses = [soft_targets(teacher, how)(model, batch) for how in (impossible, without)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients)
+    assert losses[0] > 0 and all(bool(gradient.any()) for gradient in gradients[0])

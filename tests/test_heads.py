@@ -1,5 +1,6 @@
 """Heads fitted to merged weights: against an optimum found in another way; what is run again."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +215,14 @@ def test_what_cannot_be_fitted_is_refused(model: Model) -> None:
     assert "forward" not in model.body.__dict__
 
 
+def test_a_head_in_float16_is_refused(model: Model) -> None:
+    model.head.half()
+    start = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'head\.weight' is in float16.*module\.bfloat16\(\)"):
+        fit_head(model, batches(8), HEAD)
+    assert torch.equal(model.head.weight, start)
+
+
 # -- replay ------------------------------------------------------------------------------------
 
 
@@ -298,3 +307,73 @@ def test_outputs_of_transformers_are_looked_into() -> None:
     with replay.recording() as tape:
         model["body"](torch.ones(2, 3))
     assert set(tape) == {model["body"]}
+
+
+def test_what_a_body_gives_may_be_changed_in_place(model: Model) -> None:
+    def added(model: Any, batch: Batch) -> Tensor:
+        return F.cross_entropy(model.head(model.body(batch[0]) + 1), batch[1])
+
+    def in_place(model: Any, batch: Batch) -> Tensor:
+        hidden = model.body(batch[0])
+        hidden += 1
+        return F.cross_entropy(model.head(hidden), batch[1])
+
+    rows, other = batches(16, 5), copy.deepcopy(model)
+    wanted = fit_head(other, rows, HEAD, iterations=[10], loss_fn=added)
+    found = fit_head(model, rows, HEAD, iterations=[10], loss_fn=in_place)
+    assert found.losses == wanted.losses
+    for name in HEAD:
+        assert torch.equal(found.state[name], wanted.state[name])
+
+
+def test_a_body_that_changes_its_input_in_place_runs_in_every_pass(model: Model) -> None:
+    """What is behind it may read that input, too."""
+    first = model.body
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        x = batch[0] - 0.5
+        return F.cross_entropy(model.head(model.body(x) * x.mean()), batch[1])
+
+    rows, losses = batches(16, 5), []
+    for relu in (nn.ReLU(), nn.ReLU(inplace=True)):
+        model.body = nn.Sequential(relu, first)
+        other = copy.deepcopy(model)
+        found = fit_head(other, rows, HEAD, iterations=[10], loss_fn=loss)
+        with torch.no_grad():
+            last = sum(float(loss(other.eval(), b)) * len(b[1]) for b in rows)
+        assert found.losses[10] == pytest.approx(last / sum(len(b[1]) for b in rows))
+        losses.append(found.losses[10])
+    assert losses[0] != losses[1]
+
+
+def test_another_order_within_a_batch_is_noticed(model: Model) -> None:
+    """Integers have the same sum in any order."""
+    model.body = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 6)).double()
+    ids, labels = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0], [1, 1, 1]]), torch.arange(4) % 3
+    orders = iter([[0, 1, 2, 3], [0, 2, 1, 3]])
+
+    def score() -> float:
+        order = next(orders)
+        with torch.no_grad():
+            return -float(F.cross_entropy(model.eval()(ids[order]), labels[order]))
+
+    with pytest.raises(ValueError, match="the batches must come in the same order each time"):
+        fit_head(model, [(ids, labels)], HEAD, iterations=[2], score=score)
+
+
+def test_a_body_with_two_names_is_replayed_once(model: Model) -> None:
+    class Aliased(Model):
+        def __init__(self, inner: Model) -> None:
+            pl.LightningModule.__init__(self)
+            self.net, self.backbone = inner, inner.body
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x)
+            return logits
+
+    rows, other = batches(8, 8, 5), Aliased(copy.deepcopy(model))
+    fit_head(model, rows, HEAD, iterations=[5])
+    fit_head(other, rows, [f"net.{name}" for name in HEAD], iterations=[5])
+    assert torch.equal(other.net.head.weight, model.head.weight)
+    assert torch.equal(other.net.head.bias, model.head.bias)
+    assert other.net.counted.runs == 3

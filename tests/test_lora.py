@@ -23,7 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mats_lightning import MergeModule, Statistics, Task, collect_statistics, merging
+from mats_lightning import (
+    MergeModule,
+    RefreshPlan,
+    Statistics,
+    Task,
+    collect_statistics,
+    merging,
+    refresh,
+)
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.lora import Lora, load_lora, lora_products, save_lora
 from mats_lightning.low_rank import low_rank, refactor
@@ -347,6 +355,53 @@ def test_products_are_merged_with_the_curvature_below(tmp_path: Path, kind: str)
         error = (found.flatten() - expected).norm() / expected.norm()
         assert float(error) < 1e-5, name
     assert set(merging.regmean(products, statistics, uncovered="error")) == set(products[0])
+
+
+class Validated(Classifier):
+    validation_step = Classifier.test_step
+
+
+@pytest.mark.parametrize("form", [{"lora_alpha": 3}, {"use_rslora": True}, {"r": 3}], ids=str)
+@pytest.mark.parametrize("rank", [2, 4])
+def test_teachers_are_the_tasks_own_models_whatever_was_merged(
+    tmp_path: Path, form: dict[str, Any], rank: int
+) -> None:
+    """Heads are fitted to what each adapter predicts in its own form, not in that of the merge."""
+    rows = [{k: v[i] for k, v in batch("bert").items()} for i in range(6)]
+    data: Any = DataLoader(rows, batch_size=6)  # type: ignore[arg-type]
+    pair, forms = [], {1: {}, 2: form}
+    for seed, options in forms.items():
+        (path,) = saved(tmp_path, "bert", seed, **options)
+        module = Validated()
+        module.backbone = adapted("bert", 9, **options)
+        pair.append(Task(path.name, module, path, data, head=HEAD, prefix="backbone."))
+    of_teachers: list[Tensor] = []
+
+    def logits(model: Any, batch: dict[str, Tensor]) -> Any:
+        found = model.backbone(IDS).logits
+        if not torch.is_grad_enabled():
+            of_teachers.append(found)
+        return found
+
+    refresh(
+        MergeModule(pair, "average", {"lora_rank": rank}),
+        RefreshPlan(heads=(1,), labels="teacher"),
+        trainer=pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        ),
+        logits_fn=logits,
+        loaders={task.name: [batch("bert")] for task in pair},
+        progress=False,
+    )
+    wanted = [adapted("bert", seed, **options)(IDS).logits for seed, options in forms.items()]
+    calls = len(of_teachers) // 2
+    assert calls
+    for found, expected in zip(of_teachers, [w for w in wanted for _ in range(calls)], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 # -- back to factors ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    MLP,
     Batch,
     Convolutions,
     Norms,
@@ -29,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mats_lightning import load_statistics
 from mats_lightning.capture import Capture
-from mats_lightning.merging import average, mats, regmean, task_arithmetic
+from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic
 from mats_lightning.merging.blocks import operator
 from mats_lightning.merging.forms import matrix_form
 from mats_lightning.sidecar import save_statistics
@@ -317,6 +318,27 @@ def test_biases_folded_into_their_weights(kind: str) -> None:
     assert distance(apart["second.bias"], closed["second.bias"]) > 0.01
 
 
+FOLDING: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "mats": lambda thetas, statistics: mats(thetas, statistics, fold_bias=True).state_dict,
+    "regmean": lambda thetas, statistics: regmean(thetas, statistics, fold_bias=True),
+}
+
+
+@pytest.mark.parametrize("method", FOLDING)
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_folded_bias_of_two_dtypes_is_in_the_wider(method: str, half: int) -> None:
+    models = [MLP().double() for _ in range(2)]
+    statistics = [captured(model, vectors())[0] for model in models]
+    mixed = [model.float().state_dict() for model in models]
+    mixed[half] = models[half].half().state_dict()
+    merged = FOLDING[method](mixed, statistics)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    wide = [{name: tensor.float() for name, tensor in theta.items()} for theta in mixed]
+    expected = FOLDING[method](wide, statistics)
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_rows_of_an_embedding_are_weighted_by_how_often_they_were_read() -> None:
     models = [Windows().double() for _ in range(2)]
     halves = [texts((4, 4))[:1], texts((4, 4), seed=1)[1:]]
@@ -368,3 +390,66 @@ def test_running_statistics_are_those_of_all_batches_together() -> None:
     found, _ = captured(model, vectors())
     result = mats([model.state_dict()] * 2, [found] * 2, objective="kfac")
     assert not any("running" in name for name in result.uncovered)
+
+
+def running(seed: int, batches: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "norm.running_mean": torch.randn(3, generator=draw),
+        "norm.running_var": torch.rand(3, generator=draw),
+        "norm.num_batches_tracked": torch.tensor(batches),
+    }
+
+
+OF_WEIGHTS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "average": lambda thetas, w: average(thetas, weights=w),
+    "task_arithmetic": lambda thetas, w: task_arithmetic(thetas, running(9, 1), 0.3, weights=w),
+}
+
+
+@pytest.mark.parametrize("method", OF_WEIGHTS)
+@pytest.mark.parametrize(
+    ("weights", "batches", "shares"),
+    [
+        ((1.0, 3.0), (2, 6), (0.1, 0.9)),
+        ((9.0, 1.0), (1, 3), (0.75, 0.25)),
+        ((1.0, 3.0), (0, 0), (0.25, 0.75)),
+    ],
+    ids=["both", "against each other", "no batches"],
+)
+def test_running_statistics_count_by_weight_times_batches(
+    method: str, weights: Any, batches: Any, shares: Any
+) -> None:
+    a, b = thetas = [running(seed, count) for seed, count in enumerate(batches)]
+    merged = OF_WEIGHTS[method](thetas, weights)
+    mean = shares[0] * a["norm.running_mean"] + shares[1] * b["norm.running_mean"]
+    torch.testing.assert_close(merged["norm.running_mean"], mean)
+    square = sum(
+        share * (t["norm.running_var"] + t["norm.running_mean"].square())
+        for share, t in zip(shares, thetas, strict=True)
+    )
+    torch.testing.assert_close(merged["norm.running_var"], square - mean.square())
+
+
+@pytest.mark.parametrize("method", OF_WEIGHTS)
+@pytest.mark.parametrize("batches", [(2, 6), (2, 0)])
+def test_running_statistics_of_a_model_of_weight_0_do_not_count(method: str, batches: Any) -> None:
+    """Nor do those of one that has diverged, whatever each has seen."""
+    thetas = [running(seed, count) for seed, count in enumerate(batches)]
+    thetas[0] |= {"norm.running_mean": torch.full((3,), float("nan"))}
+    merged = OF_WEIGHTS[method](thetas, (0.0, 2.0))
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert torch.equal(merged[name], thetas[1][name])
+
+
+@pytest.mark.parametrize("method", ["mats", "fisher"])
+def test_running_statistics_need_no_statistic(method: str) -> None:
+    """Batch normalisation's own parameters do."""
+    model = Norms().double()
+    found, _ = captured(model, vectors())
+    merge: Any = {"mats": mats, "fisher": fisher}[method]
+    merge([model.state_dict()] * 2, [found] * 2, uncovered="error")
+    kept = {key: t for key, t in found.tensors.items() if not key.endswith("/batch.bias")}
+    part = Statistics(kept, found.examples, found.group_positions, found.inputs, found.info)
+    with pytest.raises(ValueError, match=r"'batch\.bias' has no statistic"):
+        merge([model.state_dict()] * 2, [part] * 2, uncovered="error")

@@ -117,8 +117,10 @@ def test_a_round_over_files_and_processes_is_a_round(parties: Any, tmp_path: Pat
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 
-def measured(parties: Any, task: str, weights: str = "merged.safetensors") -> Path:
-    sidecar = Path(f"{task}.mats.safetensors")
+def measured(
+    parties: Any, task: str, weights: str = "merged.safetensors", folder: str = ""
+) -> Path:
+    sidecar = Path(folder, f"{task}.mats.safetensors")
     measure(
         weights,
         parties.model(task),
@@ -168,6 +170,14 @@ def test_statistics_of_other_weights_are_refused(parties: Any) -> None:
     measured(parties, "b", "next.safetensors")
     next_weights("next.safetensors", sidecars, "more.safetensors", mix=1.0)
     assert Path("more.safetensors").exists()
+
+
+def test_folders_of_what_is_written_are_made(parties: Any) -> None:
+    sidecars = [measured(parties, task, folder=f"of/{task}") for task in ("a", "b")]
+    assert all(path.exists() for path in sidecars)
+    found = next_weights("merged.safetensors", sidecars, "next/round-1/x.safetensors", mix=1.0)
+    written = load_file("next/round-1/x.safetensors")
+    torch.testing.assert_close(written, found.state_dict, rtol=0, atol=0)
 
 
 def test_rounds_over_files_lower_the_loss_of_all(parties: Any) -> None:

@@ -588,6 +588,13 @@ def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
         assert_states(found, merge(problem), 1e-3)
 
 
+@methods(["average", "task_arithmetic", "ties", "fisher", "regmean"])
+def test_weight_zero_shuts_out_a_model_that_has_diverged(problem: Problem, merge: Merge) -> None:
+    expected = merge(problem.of([0, 2]), weights=[1.0, 3.0])
+    problem.thetas[1] = {n: torch.full_like(t, math.nan) for n, t in problem.thetas[1].items()}
+    assert_states(merge(problem, weights=[1.0, 0.0, 3.0]), expected, 1e-12)
+
+
 @methods(n for n in METHODS if n not in SCALED)
 def test_only_the_weights_proportions_matter(problem: Problem, merge: Merge) -> None:
     found = merge(problem, weights=[2.0, 0.5, 6.0])

@@ -25,6 +25,7 @@ from mats_lightning import (
     MergeModule,
     Statistics,
     Task,
+    collect_statistics,
     joint,
     load_statistics,
     merging,
@@ -494,6 +495,27 @@ def test_what_is_not_covered_is_named(
         assert "body.0.bias, body.2.weight, body.2.bias" in named[0]
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_running_statistics_are_not_named_as_uncovered(
+    suite: Suite, method: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    tasks = []
+    for name in ("log", "dict"):
+        module = Classifier(CLASSES[name], name)
+        module.body.append(nn.BatchNorm1d(8))
+        torch.save({"state_dict": module.state_dict()}, tmp_path / name)
+        batch = list(rows(name, "train").tensors)
+        statistics = collect_statistics(module, [batch], progress=False)
+        tasks.append(Task(name, module, tmp_path / name, Data(name), statistics=statistics))
+    with caplog.at_level("INFO"):
+        MergeModule(tasks, method).merge(progress=False)
+    named = [r.getMessage() for r in caplog.records if "without a statistic" in r.getMessage()]
+    if method == "fisher":
+        assert not named
+    else:
+        assert "5 parameters without a statistic" in named[0]  # three biases, two weights
+
+
 def test_individual_and_pretrained_are_rows_of_a_comparison(suite: Suite) -> None:
     individual = MergeModule(suite.tasks(), "individual")
     start = MergeModule(suite.tasks(), "pretrained", pretrained=suite.pretrained)
@@ -556,6 +578,17 @@ def test_a_head_group_merges_the_head_of_its_members(suite: Suite, method: str) 
         assert_equal(found, expected if name in GROUP else {p: own[p] for p in head})
     if method == "mats":
         assert set(module.blocks) == {*SHARED, *(f"head group 'polarity's': {p}" for p in head)}
+
+
+def test_a_start_of_the_shared_parameters_leaves_heads_at_their_average(suite: Suite) -> None:
+    states = {}
+    for init in ("average", "state dict"):
+        start: Any = suite.pretrained if init == "state dict" else init
+        tasks = suite.tasks(*GROUP, head_group="polarity")
+        module = MergeModule(tasks, "mats", {"iterations": 1, "init": start})
+        states[init] = module.state_of("left")
+    for name, tensor in states["average"].items():
+        assert torch.equal(states["state dict"][name], tensor) == (name not in SHARED), name
 
 
 def test_averaged_names_are_looked_for_in_all_parts(suite: Suite) -> None:
@@ -880,6 +913,41 @@ def test_bad_tasks(suite: Suite, case: str) -> None:
     make, message = BAD_TASKS[case]
     with pytest.raises(ValueError, match=message):
         make_trainer().test(MergeModule(make(suite), "average"), verbose=False)
+
+
+def tied(suite: Suite, head: tuple[str, ...]) -> Task:
+    module = Classifier(6, "log", width=6)
+    module.head.weight = module.body.get_parameter("0.weight")
+    return suite.task("log", module=module, head=head)
+
+
+@pytest.mark.parametrize("head", [("head",), ("body.0.weight",)])
+def test_a_parameter_cannot_be_the_task_s_and_be_merged(
+    suite: Suite, head: tuple[str, ...]
+) -> None:
+    message = (
+        r"task 'log': 'body\.0\.weight' and 'head\.weight' are one parameter, .*: name both in"
+        r" Task\(head=\.\.\.\), or neither"
+    )
+    with pytest.raises(ValueError, match=message):
+        MergeModule([tied(suite, head)], "average")
+
+
+@pytest.mark.parametrize("head", [("head", "body.0"), ()])
+def test_a_parameter_may_be_tied_within_the_head_or_what_is_merged(
+    suite: Suite, tmp_path: Path, head: tuple[str, ...]
+) -> None:
+    tasks = [tied(suite, head), replace(tied(suite, head), name="other")]
+    for i, task in enumerate(tasks):
+        state = {n: t + i for n, t in task.module.state_dict().items()}
+        task.checkpoint = tmp_path / f"{task.name}.ckpt"
+        torch.save({"state_dict": state}, task.checkpoint)
+    module = MergeModule(tasks, "average")
+    for i, name in enumerate(module.tasks):
+        model = module.model(name)
+        expected = tasks[0].weights["head.weight"] + (i if head else 0.5)
+        torch.testing.assert_close(model.get_parameter("head.weight"), expected)
+        assert model.get_parameter("head.weight") is model.get_parameter("body.0.weight")
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {

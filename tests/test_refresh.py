@@ -25,7 +25,7 @@ from mats_lightning import (
     refresh,
 )
 from mats_lightning.batches import first_rows
-from mats_lightning.checkpoints import load_weights
+from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.refresh import _Refresh
 from mats_lightning.rounds import Round
 from mats_lightning.task_rounds import with_older
@@ -287,6 +287,31 @@ def test_another_refresh_in_the_folder_is_refused(
         refreshed(merged(suite, iterations=1), folder=tmp_path)
 
 
+@pytest.mark.parametrize("odd", ["metric", "weight", "head"])
+def test_a_refresh_of_other_tasks_in_the_folder_is_refused(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    def averaged(changes: dict[str, Any], **weights: float) -> MergeModule:
+        tasks = [
+            suite.task("log", data=TrainingData("log")),
+            suite.task("dict", **{"data": TrainingData("dict")} | changes),
+        ]
+        return MergeModule(tasks, "average", {"weights": {"log": 1.0, "dict": 1.0} | weights})
+
+    state = dict(load_weights(suite.checkpoint("dict")))
+    save_weights(state | {"head.bias": state["head.bias"] + 1}, tmp_path / "other.safetensors")
+    other = {
+        "metric": averaged({"metric": "loss"}),
+        "weight": averaged({}, dict=2.0),
+        "head": averaged({"checkpoint": tmp_path / "other.safetensors"}),
+    }
+    taking(monkeypatch, 0.1, 0.2)
+    rounds = refreshed(averaged({}), folder=tmp_path / "kept")
+    with pytest.raises(ValueError, match=f"of other tasks: 'dict' has another {odd}"):
+        refreshed(other[odd], folder=tmp_path / "kept")
+    assert refreshed(averaged({}), folder=tmp_path / "kept") == rounds
+
+
 # -- rows and labels ---------------------------------------------------------------------------
 
 
@@ -369,6 +394,27 @@ def test_older_curvature_counts_for_less_and_older_gradients_not_at_all() -> Non
     assert new.faded(0.01).examples == 0
 
 
+def test_modules_of_another_precision_than_their_checkpoints_are_refreshed(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their values are so coarse that bfloat16 has them, and their means, exactly."""
+    made: dict[torch.dtype, MergeModule] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        tasks = []
+        for name in ("log", "dict"):
+            path = tmp_path / f"{name}-{dtype}.safetensors"
+            state = dict(load_weights(suite.checkpoint(name)))
+            save_weights({n: (t * 8).round().div(8).to(dtype) for n, t in state.items()}, path)
+            tasks.append(suite.task(name, data=TrainingData(name), checkpoint=path))
+        made[dtype] = MergeModule(tasks, "average")
+        seen = taking(monkeypatch, 0.1, 0.2)
+        rounds = refreshed(made[dtype], rows=20, mix=0.5)
+        assert rounds[1].taken and differ(seen[1], seen[0])
+    found = made[torch.bfloat16].shared_state()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert_same(found, made[torch.float32].shared_state())
+
+
 # -- the card, and what is refused ---------------------------------------------------------------
 
 
@@ -436,6 +482,16 @@ def test_what_a_refresh_cannot_do(suite: Suite, untouched: MergeModule) -> None:
     trainer = pl.Trainer(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="the trainer has 2 devices"):
         refresh(untouched, trainer=trainer)
+    trainer = make_trainer(precision="bf16-true")
+    with pytest.raises(ValueError, match="precision='bf16-true', which converts the tasks' mod"):
+        refresh(untouched, trainer=trainer)
+
+
+@pytest.mark.parametrize("plan", [RefreshPlan(heads=(1,)), RefreshPlan(heads=(), rounds=1)])
+def test_validation_of_no_rows_is_refused(untouched: MergeModule, plan: RefreshPlan) -> None:
+    trainer = make_trainer(limit_val_batches=0)
+    with pytest.raises(ValueError, match="give the tasks validation rows, and a trainer without"):
+        refresh(untouched, plan, trainer=trainer, progress=False)
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed(

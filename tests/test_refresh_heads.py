@@ -22,12 +22,13 @@ from test_refresh import (
     refreshed,
     taking,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mats_lightning import MergeModule, RefreshPlan, refresh, task_rounds
 from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.heads import HeadFit, fit_head
+from mats_lightning.refresh import _Refresh
 from mats_lightning.task_rounds import TaskRounds
 
 __all__ = ["pytestmark", "suite"]  # what a test module has: the warnings, a fixture
@@ -177,6 +178,133 @@ def test_an_interrupted_refresh_has_the_same_heads(
     for task in CLASSES:
         assert_same(again.state_of(task), whole.state_of(task))
         assert_same(finished.state_of(task), whole.state_of(task))
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "done", "error"),  # round 0 validates twice; each round fits two heads
+    [
+        ("validation", 2, None, RuntimeError),
+        ("validation", 3, 0, KeyboardInterrupt),
+        ("validation", 4, 1, RuntimeError),
+        ("head", 2, None, KeyboardInterrupt),
+        ("head", 3, 0, RuntimeError),
+        ("head", 6, 1, KeyboardInterrupt),
+    ],
+)
+def test_an_interrupted_round_leaves_nothing_behind(
+    suite: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    call: int,
+    done: int | None,
+    error: type[BaseException],
+) -> None:
+    names = ("log", "dict")
+    plan: dict[str, Any] = {"rounds": 2, "rows": 20, "mix": 0.5, "heads": (1, 5)}
+    calls = dict.fromkeys(("validation", "head"), 0)
+
+    def counted(what: str) -> None:
+        calls[what] += 1
+        if (what, calls[what]) == (where, call):
+            raise error
+
+    def validate(self: _Refresh) -> float:
+        counted("validation")
+        best[0] += 0.1
+        self.module.scores = dict.fromkeys(names, best[0])
+        return 0.5
+
+    def fitted(*args: Any, **options: Any) -> HeadFit:
+        counted("head")
+        return fit_head(*args, **options)
+
+    def assert_is(found: MergeModule, wanted: MergeModule) -> None:
+        for name in names:
+            assert_same(found.state_of(name), wanted.state_of(name))
+            assert_same(found.tasks[name].module.state_dict(), wanted.state_of(name))
+        assert not found.scores
+
+    best, whole, module = [0.0], merged(suite, *names), merged(suite, *names)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Refresh, "_validate", validate)
+        patch.setattr(task_rounds, "fit_head", fitted)
+        with pytest.raises(error):
+            refreshed(module, folder=tmp_path / "cut", **plan)
+        assert calls[where] == call
+        after = merged(suite, *names)
+        if done is None:
+            after.merge()
+        else:
+            refreshed(after, folder=tmp_path / "cut", **plan | {"rounds": done})
+        assert_is(module, after)
+        found = refreshed(module, folder=tmp_path / "cut", **plan)
+        refreshed(whole, folder=tmp_path / "whole", **plan)
+    assert [r.taken for r in found] == [False, True, True]
+    assert_is(module, whole)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_same_module_may_go_on(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: float
+) -> None:
+    names = ("log", "dict")
+    plan: dict[str, Any] = {"rows": 20, "mix": 0.5, "heads": (1, 5), "decay": decay}
+    whole, module = merged(suite, *names), merged(suite, *names)
+    taking(monkeypatch, 0.1, 0.2, 0.3, 0.4)
+    rounds = refreshed(whole, rounds=2, **plan)
+    seen = taking(monkeypatch, 0.1, 0.2, 0.3, 0.4)
+    refreshed(module, rounds=1, folder=tmp_path, **plan)
+    found = refreshed(module, rounds=2, folder=tmp_path, **plan)
+    assert [(r.step, r.scores, r.heads) for r in found] == [
+        (r.step, r.scores, r.heads) for r in rounds
+    ]
+    assert differ(seen[3], seen[2])
+    for name in names:
+        assert_same(module.state_of(name), whole.state_of(name))
+
+
+def test_both_names_of_a_parameter_in_a_head_are_fitted(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Twice(nn.Module):
+        """Two layers of one bias."""
+
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, classes), nn.Linear(8, classes)
+            self.b.bias = self.a.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            both: Tensor = self.a(x) + self.b(x.square())
+            return both
+
+    names, tasks = ("log", "dict"), []
+    for name in names:
+        task = suite.task(name, data=TrainingData(name))
+        body = load_weights(suite.checkpoint(name))
+        task.module.load_state_dict({n: body[n] for n in SHARED}, strict=False)
+        task.module.head = Twice(CLASSES[name])
+        save_weights(task.module.state_dict(), tmp_path / f"{name}.safetensors")
+        tasks.append(replace(task, checkpoint=tmp_path / f"{name}.safetensors"))
+    module = MergeModule(tasks, "average")
+    fits: list[HeadFit] = []
+
+    def noted(*args: Any, **options: Any) -> HeadFit:
+        fits.append(fit_head(*args, **options))
+        return fits[-1]
+
+    monkeypatch.setattr(task_rounds, "fit_head", noted)
+    scores = itertools.count()  # the last candidate wins
+    monkeypatch.setattr(TaskRounds, "_score", lambda self, task: float(next(scores)))
+    refreshed(module, rounds=0, heads=(5,), rows=20)
+    for name, fit in zip(names, fits, strict=True):
+        assert set(fit.state) == {"head.a.weight", "head.a.bias", "head.b.weight"}
+        wanted = fit.state | {"head.b.bias": fit.state["head.a.bias"]}
+        before = load_weights(tmp_path / f"{name}.safetensors")
+        for state in (module.state_of(name), module.tasks[name].module.state_dict()):
+            for key, tensor in wanted.items():
+                assert torch.equal(state[key], tensor) and not torch.equal(before[key], tensor)
 
 
 def test_a_teacher_fits_heads_without_labels(suite: Suite) -> None:

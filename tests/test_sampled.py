@@ -421,6 +421,15 @@ def test_each_batch_and_seed_has_labels_of_its_own(drawn: list[Tensor], tmp_path
     assert len({tuple(labels.tolist()) for labels in once + other}) == 8
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_rows_count_towards_max_examples_in_a_fit(draws: int, tmp_path: Path) -> None:
+    callback = MaTSStatsCallback(
+        fisher="sampled", logits_fn=module_logits, draws=draws, max_examples=7
+    )
+    fit(Module(MLP()), in_single(vectors((4, 4, 4, 4))), tmp_path, callback)
+    assert callback.statistics.examples == draws * 8
+
+
 def test_statistics_with_a_gradient_scaler(drawn: list[Tensor], tmp_path: Path) -> None:
     module, batches = Module(MLP()), in_single(vectors(UNEVEN))
     callback = MaTSStatsCallback(fisher="sampled", logits_fn=module_logits)

@@ -10,6 +10,7 @@ from models import MLP, D, Reused, Sharing, Tied, Transformer, texts, vectors, w
 from oracle import assert_close, expected
 from test_capture import assert_equals, captured
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
@@ -127,6 +128,14 @@ def test_adding_leaves_both_parts_as_they_were() -> None:
     total.tensors["G/first"].zero_()
     assert_close(first.tensors, before, 0.0)
     assert (first.examples, second.examples, total.examples) == (3, 2, 5)
+
+
+@pytest.mark.parametrize("homes", [("cpu", "cuda:0"), ("cuda:0", "cpu")])
+def test_a_sum_is_where_its_first_part_is(homes: tuple[str, str]) -> None:
+    with FakeTensorMode():
+        first, second = (record(**{"G/x": torch.ones(2, 2, device=home)}) for home in homes)
+        total = (first + second).tensors["G/x"]
+    assert str(total.device) == homes[0]
 
 
 def test_adding_another_selection_is_refused() -> None:

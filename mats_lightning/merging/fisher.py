@@ -52,7 +52,8 @@ def fisher(
                 name, kind_of[name], statistics, tensors[0], w, floor=floor, normalize=normalize
             )
             zero, one = torch.zeros_like(tensors[0]), torch.ones_like(tensors[0])
-            b = sum((c.matvec(t) for c, t in zip(operators, tensors, strict=True)), zero)
+            counted = [(c, t) for c, t, wi in zip(operators, tensors, w, strict=True) if wi]
+            b = sum((c.matvec(t) for c, t in counted), zero)
             total = sum((c.matvec(one) for c in operators), zero)
             value = torch.where(total > 0, b / total, weighted_mean(tensors, w))
         else:

@@ -155,7 +155,7 @@ def _running_statistics(
 ) -> dict[str, Tensor]:
     """Batch normalisation's buffers, as of one layer that has seen the batches of all models.
 
-    A model's batches count `weights` times.
+    A model's batches count `weights` times; the counter is that of all batches.
 
     The variance around the common mean: mean of (var_i + mean_i^2) - mean^2.
     """
@@ -172,7 +172,7 @@ def _running_statistics(
         around = [v + (m - mean).square() for v, m in zip(variances, means, strict=True)]
         values = (mean, weighted_mean(around, seen))
         for key, value in zip(keys, values, strict=True):
-            merged[key] = value.to(thetas[0][key].dtype)
+            merged[key] = value.to(stored_dtype([theta[key] for theta in thetas]))
         merged[name] = torch.stack([theta[name].detach() for theta in thetas]).sum(0)
     return merged
 

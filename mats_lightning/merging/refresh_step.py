@@ -66,7 +66,7 @@ def refresh_step(
 
     Arguments:
         merged: theta_m. Parameters without a statistic stay as they are there, and are named in
-            the result's `uncovered`. Buffers stay, too.
+            the result's `uncovered`, unless they are `kept`. Buffers stay, too.
         statistics: one a task, taken at `merged` (check_belongs of mats_lightning.sidecar says
             whether they are). With mix > 0 they need "gradient", and should be of the sampled
             Fisher: the empirical one vanishes with the gradient, and is no Hessian.

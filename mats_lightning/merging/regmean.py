@@ -72,7 +72,9 @@ def regmean(
             )
             form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
             b: Tensor | None = None
-            for c, tensor, theta in zip(operators, tensors, thetas, strict=True):
+            for c, tensor, theta, weight in zip(operators, tensors, thetas, w, strict=True):
+                if not weight:  # whatever it holds
+                    continue
                 block = form.of(tensor.double())  # one at a time: embeddings are large
                 if name in folded:
                     block = beside(block, theta[folded[name]])

@@ -98,6 +98,8 @@ def _card(
     joint: JointMerge, merged: Merged, scores: Mapping[str, float], base_model: str | None
 ) -> MergeCard:
     options = dict(joint.options)
+    if isinstance(options.get("init"), Mapping):
+        options["init"] = "a state dict"
     if set(joint.weights.values()) != {1.0}:
         options["weights"] = joint.weights
     if joint.scale is not None:

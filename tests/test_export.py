@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mats_lightning import MergeModule, Task
+from mats_lightning import MergeModule, Task, collect_statistics
 from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import export_adapter, export_huggingface
@@ -330,12 +330,31 @@ class Classifier(pl.LightningModule):
         self.backbone, self.head = BertModel(CONFIG), nn.Linear(8, 2)
 
 
-def test_models_that_are_not_merged_are_no_model_to_export(tmp_path: Path) -> None:
+def two_tasks(folder: Path) -> list[Task]:
     tasks, rows = [], DataLoader[Any]([0])  # type: ignore[arg-type]
     for name in ("trec", "sms"):
         module = Classifier()
-        torch.save({"state_dict": module.state_dict()}, tmp_path / name)
-        tasks.append(Task(name, module, tmp_path / name, rows))
+        torch.save({"state_dict": module.state_dict()}, folder / name)
+        tasks.append(Task(name, module, folder / name, rows))
+    return tasks
+
+
+def test_a_merge_from_a_state_dict_says_so_on_its_card(tmp_path: Path) -> None:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        mean: Tensor = model.head(model.backbone(**batch).pooler_output).mean()
+        return mean
+
+    tasks, rows = two_tasks(tmp_path), [{"input_ids": torch.tensor([[2, 3, 4], [4, 3, 2]])}]
+    for task in tasks:
+        task.statistics = collect_statistics(task.module, rows, loss_fn=loss, progress=False)
+    start = {n: t for n, t in tasks[0].weights.items() if not n.startswith("head.")}
+    module = MergeModule(tasks, "mats", {"init": start})
+    module.export(tmp_path / "merged")
+    assert "a state dict" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_models_that_are_not_merged_are_no_model_to_export(tmp_path: Path) -> None:
+    tasks = two_tasks(tmp_path)
     MergeModule(tasks, "average").export(tmp_path / "average")
     with pytest.raises(ValueError, match=r"'individual' merges nothing.* or take .*model\(task\)"):
         MergeModule(tasks, "individual").export(tmp_path / "individual")

@@ -15,12 +15,14 @@ from mats_lightning import merging
 from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
 from mats_lightning.merging.blocks import covering_statistics
+from mats_lightning.merging.fisher import STATISTICS as OF_FISHER
 from mats_lightning.merging.models import (
     check_models,
     check_weights,
     names_with,
     of_batch_norm,
 )
+from mats_lightning.merging.regmean import STATISTICS as OF_REGMEAN
 from mats_lightning.merging.rescale import rescaled
 from mats_lightning.products import (
     Refactored,
@@ -48,7 +50,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 OF_CURVATURE = ("fisher", "regmean", "mats")  # have no scale of their own
 OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare", "iso_c", "tsv_m")  # need the start
 # what a method without a choice of its own takes
-STATISTICS = {"fisher": ("diagonal_fisher",), "regmean": ("gram",)}
+STATISTICS = {"fisher": OF_FISHER, "regmean": OF_REGMEAN}
 # rows of a comparison that merge nothing: each task's own model; the start under its head
 REFERENCES = ("individual", "pretrained")
 

@@ -37,7 +37,13 @@ from mats_lightning.names import plain_name
 
 A, B = f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight"
 BASE = ".base_layer.weight"
-FORM = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}  # decides the scalings
+OF_SCALING = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+}  # decides the scalings
 HEAD = f".modules_to_save.{ADAPTER_NAME}."
 # what makes an adapter something else than W + scaling B A with the W of the model's own folder
 VARIANTS = (
@@ -208,7 +214,7 @@ def take_form(module: nn.Module, lora: Lora) -> None:
             config = configs[ADAPTER_NAME]
             if not hasattr(config, AS_BUILT):
                 setattr(config, AS_BUILT, config.to_dict())
-            for key in lora.config.keys() & FORM:  # for save_pretrained
+            for key in lora.config.keys() & OF_SCALING:  # for save_pretrained
                 setattr(config, key, lora.config[key])
 
 

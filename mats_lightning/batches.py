@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-)
+from torch.utils.data import DataLoader, Subset
 
 # batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
 # whose name has it
@@ -176,7 +170,7 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
 def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
 
-    However the loader shuffles; with a SubsetRandomSampler they are rows of its subset. Raises
+    However the loader shuffles; with a sampler of some rows alone they are of these. Raises
     ValueError for a loader that rows cannot be picked from.
     """
     known = rows_to_pick(loader)
@@ -197,13 +191,22 @@ def rows_to_pick(loader: Any) -> Sequence[int]:
             " DataLoader with a batch size over a data set with a length is needed; or pass"
             " loaders={name: batches}"
         )
-    sampler, size = loader.sampler, len(dataset)
-    if isinstance(sampler, SubsetRandomSampler):
-        return sampler.indices
-    drawn_once = isinstance(sampler, RandomSampler) and not sampler.replacement
-    if not (isinstance(sampler, SequentialSampler) or drawn_once) or len(sampler) != size:
+    first, second = _two_epochs(loader.sampler)
+    if len(set(first)) < len(first) or set(first) != set(second):
         raise ValueError(
-            f"rows cannot be picked out of its training loader, whose {type(sampler).__name__} says"
-            " which rows there are, and how often: pass loaders={name: batches}"
+            "rows cannot be picked out of its training loader, whose"
+            f" {type(loader.sampler).__name__} gives other rows each time, or some twice: pass"
+            " loaders={name: batches}"
         )
-    return range(size)
+    return sorted(first)
+
+
+def _two_epochs(sampler: Any) -> tuple[list[int], list[int]]:
+    """The rows of each; random numbers are afterwards as if nothing had been drawn."""
+    generator = getattr(sampler, "generator", None)
+    state = None if generator is None else generator.get_state()
+    with torch.random.fork_rng(devices=[]):
+        rows = list(sampler), list(sampler)
+    if generator is not None:
+        generator.set_state(state)
+    return rows

@@ -1,5 +1,6 @@
 """What a batch tells: which positions count, for which modules."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -150,10 +151,26 @@ def test_of_a_subset_its_rows_alone_are_picked() -> None:
     assert picked(100, seed=2, sampler=SubsetRandomSampler(subset)) != every
 
 
+class Backwards(Sampler[int]):
+    """As a user's own that groups rows by their length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(39, -1, -1))
+
+
 def test_samplers_that_give_each_row_once_change_nothing() -> None:
-    numbers = range(40)
-    found = [picked(100, sampler=kind(numbers)) for kind in (SequentialSampler, RandomSampler)]
-    assert found[0] == found[1] == picked(100) and sorted(found[0]) == [*numbers]
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    samplers = (
+        SequentialSampler(range(40)),
+        RandomSampler(range(40)),
+        RandomSampler(range(40), generator=generator),
+        Backwards(),
+    )
+    for sampler in samplers:
+        found = picked(100, sampler=sampler)
+        assert found == picked(100) and sorted(found) == [*range(40)]
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -165,5 +182,7 @@ def test_samplers_that_give_each_row_once_change_nothing() -> None:
     ],
 )
 def test_samplers_that_choose_rows_are_refused(sampler: Sampler[int]) -> None:
-    with pytest.raises(ValueError, match=f"whose {type(sampler).__name__} says which rows"):
+    with pytest.raises(
+        ValueError, match=f"whose {type(sampler).__name__} gives other rows each time"
+    ):
         picked(4, sampler=sampler)

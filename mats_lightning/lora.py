@@ -37,13 +37,8 @@ from mats_lightning.names import plain_name
 
 A, B = f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight"
 BASE = ".base_layer.weight"
-OF_SCALING = {
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-}  # decides the scalings
+# decides the scalings
+OF_SCALING = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 HEAD = f".modules_to_save.{ADAPTER_NAME}."
 # what makes an adapter something else than W + scaling B A with the W of the model's own folder
 VARIANTS = (

@@ -24,9 +24,8 @@ class Replay:
 
     What comes behind a trained parameter (its outputs require a gradient) runs in every pass; so
     does what changes its inputs in place, and what gives out anything but tensors, numbers and text
-    in lists, dicts and the like. The
-    first recording finds these, so it must be made with gradients on, and needs a forward that
-    takes the same way in every pass: eval mode, no dropout.
+    in lists, dicts and the like. The first recording finds these, so it must be made with gradients
+    on, and needs a forward that takes the same way in every pass: eval mode, no dropout.
 
     Arguments:
         roots: modules that run; they are looked into, and never taken as a whole.

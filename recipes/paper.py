@@ -24,12 +24,13 @@ from merge import check_methods_fit, quiet_lightning
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
+from paper_lines import AblationTable, StartTable
 from paper_long import write_long
 from paper_refresh import RefreshTable
 from paper_report import tables_in
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
-from paper_tables import AblationTable, MethodTable, Record, StartTable, Table
+from paper_tables import MethodTable, Record, Table
 from rich.console import Console
 from train_tasks import write_text
 

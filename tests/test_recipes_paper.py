@@ -20,9 +20,10 @@ import yaml
 from bench import Cell, Merge, Opened
 from cells import Cells
 from compare import merges_of
+from paper_lines import AblationTable, StartTable
 from paper_seeds import Seed, Suite
 from paper_settings import read_setting
-from paper_tables import AblationTable, Record, StartTable, merge_seconds
+from paper_tables import Record, merge_seconds
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

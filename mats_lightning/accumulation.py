@@ -42,6 +42,10 @@ class Accumulation:
             statistics.info["epochs"].append(epoch)
         return statistics
 
+    def forget(self, record: Statistics) -> None:
+        """Leave this record of sums out."""
+        self.sums = {key: sums for key, sums in self.sums.items() if sums is not record}
+
     def examples_in(self, epoch: int) -> float:
         return self.examples if epoch == self.epoch else 0.0
 

@@ -77,7 +77,7 @@ class BatchCapture:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Before the training step: labels are drawn here, or hooks wait for the step's own."""
-        self._hooks.close()
+        self.close()
         self._captured = False
         wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
         self.cost.start(wanted)
@@ -132,12 +132,19 @@ class BatchCapture:
         waits = self._capture is not None and self._capture.active
         if waits and not pl_module.automatic_optimization:  # else the step gave no loss
             self._note("a batch without a manual_backward is not counted")
-        self._hooks.close()
+        self.close()
         self.cost.end()
 
     def close(self) -> None:
-        """Whatever ended the batch: hooks go, and nothing of it counts."""
+        """Whatever ended the batch: hooks go, and sums that a part of it is in."""
         self._hooks.close()
+        if self._capture is not None and self._capture.interrupted:
+            self._fit.forget(self._capture.statistics)
+            self._capture = None
+            self._note(
+                "a backward pass was interrupted in the middle of a batch: the sums that a part of"
+                " it had been added to are left out"
+            )
 
     def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
         """Whether this batch is captured."""

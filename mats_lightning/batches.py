@@ -4,7 +4,7 @@ And batches of the first rows of a loader.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,14 @@ class Masks:
                 return mask
         return None
 
+    def alike(self, modules: Iterable[str]) -> list[set[str]]:
+        """The modules, those together that have the same mask whatever their rows' shape is."""
+        found: dict[tuple[bool, ...], set[str]] = {}
+        for module in modules:
+            fits = tuple(bool(re.search(pattern, module)) for pattern in self.masks)
+            found.setdefault(fits, set()).add(module)
+        return list(found.values())
+
     def of_output(self, shape: Sequence[int]) -> Tensor | None:
         """The mask of a model's outputs; of another shape, where none fits."""
         fitting = self.of_module("lm_head", shape)
@@ -91,13 +99,17 @@ def encoder_decoder_masks(batch: Any) -> dict[str, Tensor]:
     if encoder is not None:
         masks[CROSS_ATTENTION] = encoder
     if decoder is not None:
-        masks[DECODER] = decoder
+        masks[f"^(?!.*{CROSS_ATTENTION}).*{DECODER}"] = decoder
     if encoder is not None:
         masks[f"^(?!.*{DECODER})"] = encoder
     return masks
 
 
-CROSS_ATTENTION = r"(EncDecAttention\.[kv]|(encoder_attn|cross_?attn|cross_?attention)\..*[kv]\w*)$"
+# the keys and values, and what an adapter puts below them
+CROSS_ATTENTION = (
+    r"(EncDecAttention\.[kv]"
+    r"|(encoder_attn|cross_?attn|cross_?attention)\.(\w+\.)*([kv]\w*|c_attn))(\.|$)"
+)
 DECODER = r"(^|\.)(decoder|lm_head)(\.|$)"
 
 

@@ -21,7 +21,6 @@ from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
     MaskFn,
-    attention_mask,
     check_loss_modules,
     check_loss_reduction,
     default_masks,
@@ -34,7 +33,7 @@ from mats_lightning.sampled import (
     fisher_info,
 )
 from mats_lightning.saving import follow_checkpoints
-from mats_lightning.sidecar import describe
+from mats_lightning.sidecar import describe, digest, name_of
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.training import (
@@ -172,22 +171,24 @@ class MaTSStatsCallback(Callback):
             loss_scale=loss_scale,
             batch_size_fn=batch_size_fn,
             sampling=sampling,
-            every_n_batches=every_n_batches,
-            max_examples=max_examples,
+            every_n_batches=int(every_n_batches),
+            max_examples=None if max_examples is None else int(max_examples),
         )
-        self.last_n_epochs = last_n_epochs
+        self.last_n_epochs = int(last_n_epochs)
         self.kinds = kinds
         self.mask_fn = mask_fn
-        self.max_factor_size = max_factor_size
+        self.max_factor_size = int(max_factor_size)
         self.weight_sharing = weight_sharing
         self.adapted_weights = adapted_weights
-        self._masks: MaskFn = attention_mask  # until the model is known
         self.device = None if device is None else torch.device(device)
         self.sidecar = sidecar
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]
         self._fit: Accumulation | None = None  # from on_fit_start on
         self._batches: BatchCapture | None = None  # likewise
+        self._masks: MaskFn = default_masks(nn.Module())  # of the model, likewise
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
+        self._training: list[bool] = []  # which parameters train
+        self._ended: dict[str, str] | None = None  # digest of the weights when the fit ended
         self._group: ProcessGroup | None = None  # the ranks, where there are several
         self._interrupted = False
 
@@ -203,7 +204,7 @@ class MaTSStatsCallback(Callback):
         if stage != "fit":
             return
         refuse_unsupported(trainer, pl_module, scale_is_known=self.batch_options.scale_is_known)
-        self._fit, self._batches, self._restored = None, None, None
+        self._fit, self._batches, self._restored, self._ended = None, None, None, None
         self._interrupted = False
         self._group = ranks.new_group()
         of_checkpoint = partial(self._of_checkpoint, trainer)
@@ -211,6 +212,11 @@ class MaTSStatsCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """For the parameters that train now."""
+        before, self._training = self._fit, [p.requires_grad for p in pl_module.parameters()]
         coverage = find_coverage(
             pl_module,
             self.kinds,
@@ -220,6 +226,8 @@ class MaTSStatsCallback(Callback):
             self.device,
         )
         self._masks = self.mask_fn or default_masks(pl_module)
+        if self._restored is not None:
+            self._check_same(self._restored["choices"])
         if not coverage.modules:
             raise MisconfigurationException(
                 "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
@@ -232,13 +240,19 @@ class MaTSStatsCallback(Callback):
                 raise MisconfigurationException(str(error)) from error
         first = first_epoch(trainer, self.last_n_epochs)
         self._fit = Accumulation(coverage, self.last_n_epochs, first)
+        if before is not None and before.sums:
+            self._note(
+                f"the parameters that train have changed in epoch {trainer.current_epoch}: what was"
+                " captured before is left out"
+            )
         if averaging := averaging_callback(trainer):
             self._note(
                 f"{type(averaging).__name__} saves averaged weights; the statistics are taken"
                 " at the weights that train"
             )
         resumed: list[int] = []  # the epochs that had been captured in a checkpoint
-        if self._restored is not None:
+        # else they are frozen still, and will train before the first batch that is captured
+        if self._restored is not None and self._restored["rows"].keys() == coverage.rows.keys():
             rank, size = trainer.global_rank, trainer.world_size
             self._fit.restore(self._restored, self.device or pl_module.device, rank, size)
             sums = self._restored["sums"].values()
@@ -264,6 +278,8 @@ class MaTSStatsCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._batches is not None:
+            if self._training != [p.requires_grad for p in pl_module.parameters()]:
+                self._begin(trainer, pl_module)
             self._batches.start(trainer, pl_module, batch, batch_idx)
 
     @override
@@ -296,6 +312,10 @@ class MaTSStatsCallback(Callback):
             rank_zero_info(f"statistics{where}: {self._batches.cost}")
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended = self._digest(pl_module)
+
+    @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self._interrupted = True
         self._close()
@@ -324,31 +344,52 @@ class MaTSStatsCallback(Callback):
         return {} if self._fit is None else self._state(self._fit)
 
     def _state(self, fit: Accumulation) -> dict[str, Any]:
+        return {"choices": self._choices, **fit.state()}
+
+    @property
+    def _choices(self) -> dict[str, Any]:
+        """What must not change where sums are to be added to."""
+        options = self.batch_options
         return {
-            "kinds": list(self.kinds),
-            "fisher": fisher_info(self.batch_options.sampling),
-            **fit.state(),
+            "statistics": sorted(self.kinds),
+            "fisher": fisher_info(options.sampling),
+            "loss_reduction": name_of(options.loss_reduction),
+            "loss_scale": name_of(options.loss_scale),
+            "mask_fn": name_of(self._masks),
+            "weight_sharing": self.weight_sharing,
+            "max_factor_size": self.max_factor_size,
+            "adapted_weights": self.adapted_weights,
         }
+
+    def _check_same(self, restored: dict[str, Any]) -> None:
+        for name, choice in self._choices.items():
+            if restored[name] != choice:
+                raise MisconfigurationException(
+                    f"the checkpoint's statistics were taken with {name}={restored[name]!r}, and"
+                    f" this callback has {choice!r}: resume with the same choice"
+                )
+
+    def _digest(self, pl_module: pl.LightningModule) -> dict[str, str]:
+        """Of the weights that the statistics are of, as they are now."""
+        covered = {} if self._fit is None else self._fit.coverage.rows
+        found = {plain_name(name): p for name, p in pl_module.named_parameters()}
+        return digest({name: found[name] for name in covered if name in found})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if set(state_dict["kinds"]) != set(self.kinds):
-            raise MisconfigurationException(
-                f"the checkpoint's statistics are {state_dict['kinds']}, this callback takes"
-                f" {list(self.kinds)}: resume with the same choice"
-            )
-        fisher = fisher_info(self.batch_options.sampling)
-        if state_dict["fisher"] != fisher:
-            raise MisconfigurationException(
-                f"the checkpoint's statistics are of {state_dict['fisher']}, this callback takes"
-                f" {fisher}: resume with the same choice"
-            )
         self._restored = state_dict
 
     def _of_checkpoint(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Statistics | None:
         """What belongs into its sidecar, on rank 0; its state becomes that of all ranks."""
         if self._fit is None:
             return None  # stopped before the fit began
+        if self._ended is not None and self._digest(trainer.lightning_module) != self._ended:
+            rank_zero_warn(
+                "MaTSStatsCallback: no sidecar is written: since the fit that the statistics are of"
+                " the weights have changed (by a checkpoint that was loaded, or another fit with"
+                " this callback); save the checkpoint before"
+            )
+            return None
         everything: Accumulation | None
         if incomplete := self._group is not None and self._interrupted:
             self._note(

@@ -75,7 +75,8 @@ class Batch:
     seen: dict[tuple[Any, ...], "weakref.ref[Input]"] = field(default_factory=dict)
     gradients: int = 0
     finite: bool = True
-    check: GradientCheck | None = None  # in the first batch
+    finished: bool = False
+    check: GradientCheck | None = None  # of parameters that have not been checked yet
 
 
 def _sharing_groups(modules: Mapping[str, CoveredModule]) -> dict[str, str]:
@@ -108,9 +109,14 @@ class Capture:
     def __init__(self, coverage: Coverage, statistics: Statistics) -> None:
         self.coverage = coverage
         self.statistics = statistics
+        self.interrupted = False  # a backward pass has not ended: a part of its batch is added
         self._batch: Batch | None = None
         self._sums = Sums(coverage, statistics)
         self._group = _sharing_groups(coverage.modules)
+        # parameters whose gradient has not been compared with autograd's, or was 0
+        self._unchecked = {} if statistics.examples else coverage.tensors()
+        self._largest = 0.0  # norm of the gradients that have been
+        self._positions: dict[str, int] = {}  # lookups that read a range: its first id
 
     @contextmanager
     def batch(
@@ -129,8 +135,8 @@ class Capture:
         """
         self._batch = Batch(examples, scale, Masks.of(masks), defer)
         handles: list[RemovableHandle] = []
-        if not self.statistics.examples:
-            self._batch.check = GradientCheck(self.coverage.tensors())
+        if self._unchecked:
+            self._batch.check = GradientCheck(self._unchecked, self._largest)
             handles += self._batch.check.handles
         try:
             for covered in self.coverage.modules.values():
@@ -144,6 +150,8 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+            unfinished = self._batch.gradients and not self._batch.finished
+            self.interrupted |= bool(unfinished) and not defer
             self._batch = None
 
     def start_backward(self) -> None:
@@ -163,11 +171,11 @@ class Capture:
 
     @property
     def needed(self) -> list[Tensor]:
-        """What torch.autograd.grad must be asked for in this batch: few parameters reach every
-        layer, but the check of the first batch compares all."""
+        """What torch.autograd.grad must be asked for in this batch: a few parameters bring the
+        gradient to every layer (`Coverage.sources`), and some are still to be checked."""
         if self._batch is None or self._batch.check is None:
             return self.coverage.sources()
-        both = [*self.coverage.sources(), *self.coverage.tensors().values()]
+        both = [*self.coverage.sources(), *self._unchecked.values()]
         return list({id(p): p for p in both}.values())
 
     @property
@@ -183,6 +191,7 @@ class Capture:
         batch = self._batch
         if batch is None or not batch.gradients:
             return False
+        batch.finished = True
         if not batch.finite:
             self.statistics.info["skipped_batches"] = self.skipped_batches + 1
             return True
@@ -194,6 +203,9 @@ class Capture:
         if batch.check is not None:
             why = "the model uses it without calling its layer, too"
             self._sums.drop(batch.check.differing(batch.scale), KINDS, why)
+            self._largest = batch.check.largest(batch.scale)
+            for name in batch.check.compared():
+                del self._unchecked[name]
         return True
 
     def add_gradients(self, gradients: Mapping[str, Tensor], scale: float) -> None:
@@ -217,11 +229,19 @@ class Capture:
                 why = f"{covered.name} is not called with one tensor, or does not give one"
                 self._sums.drop(self._sums.rows(covered.name), KINDS, why)
                 return None
+            if why := self._not_of_examples(covered, given[0], batch.examples):
+                self._sums.drop(self._sums.rows(covered.name), KINDS, why)
+                return None
+            if not output.numel():
+                return None  # an expert that no row was sent to
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
                 batch.calls[self._group[covered.name]] += 1
             if not output.requires_grad:
                 return None
+            if isinstance(given[0], nn.Parameter):
+                why = f"{covered.name} reads a parameter, which all examples of a batch share"
+                self._sums.drop(self._sums.rows(covered.name), (DIAGONAL, BLOCK, KFAC), why)
             a = given[0].detach()
             use = Use(covered.name, self._input(batch, covered, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
@@ -236,6 +256,21 @@ class Capture:
             return None
 
         return hook
+
+    def _not_of_examples(self, covered: CoveredModule, a: Tensor, examples: int) -> str:
+        """Why the first axis of an input is not the batch's examples, where that can be seen."""
+        if a.is_nested:
+            return f"{covered.name} is given a nested tensor"
+        least = 1 if covered.rule.lookup or covered.rule.gradients is leaf else 2
+        if a.ndim < least:
+            return f"{covered.name} is given a tensor of shape {tuple(a.shape)}, without examples"
+        if covered.rule.lookup and len(a) == examples > 1:  # or else its gradient shows it
+            first = self._positions.get(covered.name)
+            if relative_positions(a) or (first is not None and is_range(a) and int(a[0]) == first):
+                return f"{covered.name} looks up positions, which all examples of a batch share"
+            if first is None:
+                self._positions[covered.name] = int(a[0]) if is_range(a) else NO_RANGE
+        return ""
 
     def _input(self, batch: Batch, covered: CoveredModule, a: Tensor) -> Input:
         """A layer that is given the same tensor as others joins them, unless it has already."""
@@ -280,7 +315,7 @@ class Capture:
                 self._add_use(batch, use, gradients)
                 use.input = use.g = None
             for parameter, parts in gradients.items():
-                if batch.check is not None:
+                if batch.check is not None and batch.check.watches([parameter]):
                     batch.check.add(parameter, parts, self._sums.zeros(parameter, parts[0].device))
                 self._sums.add_gradients(parameter, parts)
 
@@ -295,9 +330,10 @@ class Capture:
                 weights, KINDS, f"the input of {use.module} was changed in place after it"
             )
         if use.g.shape[0] != batch.examples:
+            once = use.g.ndim > 2 and use.g.shape[0] == 1  # for all examples, and g is their sum
             self._sums.drop(
                 rows,
-                (DIAGONAL, BLOCK, KFAC) if self.coverage.reduce else (DIAGONAL, BLOCK),
+                (DIAGONAL, BLOCK, KFAC) if self.coverage.reduce or once else (DIAGONAL, BLOCK),
                 f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
                 " examples, so an example's gradient cannot be told apart",
             )
@@ -316,13 +352,14 @@ class Capture:
                 self._add_input(batch, use.input)
             else:
                 batch.waiting[use.input] = None
-        if g.shape[0] != batch.examples or not (batch.check or kinds & {DIAGONAL, BLOCK}):
+        checked = batch.check is not None and batch.check.watches(rows)
+        if g.shape[0] != batch.examples or not (checked or kinds & {DIAGONAL, BLOCK}):
             return
         a = use.input.a
         a = a.to(dtype) if a.is_floating_point() else a
         try:
             found = covered.rule.gradients(covered.module, a, g)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever its own forward raises for a single example
             if covered.rule.gradients is not leaf:
                 raise
             first = str(error).strip().partition("\n")[0]
@@ -342,8 +379,23 @@ class Capture:
         given.added = True
         batch.waiting.pop(given, None)
         with _plain_arithmetic(given.a):
-            masks = batch.masks.of_module
-            self._sums.add_input(given.arrived, given.a, batch.examples, masks)
+            for readers in batch.masks.alike(given.arrived):
+                masks = batch.masks.of_module
+                self._sums.add_input(readers, given.a, batch.examples, masks)
+
+
+NO_RANGE = -1
+
+
+def is_range(ids: Tensor) -> bool:
+    """Whether they count up from the first one, as torch.arange does."""
+    return ids.ndim == 1 and bool((ids[1:] - ids[:-1] == 1).all())
+
+
+def relative_positions(ids: Tensor) -> bool:
+    """Whether ids (R, R) depend on the difference of row and column alone."""
+    square = ids.ndim == 2 and ids.shape[0] == ids.shape[1] > 2
+    return square and torch.equal(ids[1:, 1:], ids[:-1, :-1]) and not torch.equal(ids[0], ids[1])
 
 
 @contextmanager

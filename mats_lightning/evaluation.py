@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from mats_lightning.passes import call_step
 from mats_lightning.tasks import Task
 
 # hooks of a task's module that would run in its own test or validation, and do not in ours
@@ -122,7 +123,7 @@ class TaskEvaluation(pl.LightningModule):
     def _step(self, hook: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         task = list(self._evaluated.values())[dataloader_idx]
         with self._speaking_for(task):
-            getattr(task.module, hook)(batch, batch_idx)
+            call_step(getattr(task.module, hook), batch, batch_idx)
 
     @override
     def on_test_epoch_start(self) -> None:

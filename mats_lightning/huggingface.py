@@ -29,11 +29,13 @@ def output_of(model: nn.Module, batch: Any) -> Any:
 
 
 def logits_of(model: nn.Module, batch: Any) -> Tensor:
-    """`model(**batch).logits`, without the labels.
+    """`model(**batch).logits`, without the labels; they are what a decoder is given, moved by one.
 
-    Raises ValueError as `output_of` does.
+    Raises ValueError as `output_of` does, and for a decoder that is given nothing.
     """
     columns = {name: value for name, value in _columns(batch).items() if name not in LABELS}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        columns |= _decoder_inputs(model, batch)
     logits = getattr(_call(model, columns), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -41,6 +43,20 @@ def logits_of(model: nn.Module, batch: Any) -> Tensor:
             f" {list(columns)}; pass logits_fn=lambda model, batch: ..."
         )
     return logits
+
+
+def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the batch does not give itself."""
+    if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+        return {}
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or not isinstance(batch.get("labels"), Tensor):
+        raise ValueError(
+            f"the decoder of {type(model).__name__} is given nothing by a batch with the columns"
+            f" {list(batch)}: add labels or decoder_input_ids, or pass logits_fn=lambda model,"
+            " batch: ..."
+        )
+    return {"decoder_input_ids": shift(labels=batch["labels"])}
 
 
 def reduction_of(output: Any, labels: Any) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from mats_lightning import huggingface
@@ -19,7 +20,12 @@ def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) ->
     if loss_fn is not None:
         loss: Any = loss_fn(model, batch)
     elif isinstance(model, pl.LightningModule):
-        output = model.training_step(batch, index)
+        if not model.automatic_optimization:
+            raise ValueError(
+                f"{type(model).__name__} optimizes manually, so its training_step would train it:"
+                " pass loss_fn=lambda module, batch: ..."
+            )
+        output = call_step(model.training_step, batch, index)
         loss = output["loss"] if isinstance(output, Mapping) else output
     else:
         loss = huggingface.output_of(model, batch).loss
@@ -30,6 +36,12 @@ def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) ->
         )
     check_finite(loss, index)
     return loss
+
+
+def call_step(step: Callable[..., Any], batch: Any, index: int) -> Any:
+    """As Lightning calls it, with or without the number of the batch."""
+    numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return step(batch, index) if numbered else step(batch)
 
 
 def check_finite(loss: Tensor, index: int) -> None:

@@ -74,7 +74,7 @@ def choose_fisher(
         )
     if draws < 1:
         raise ValueError(f"draws={draws}; it must be 1 or more")
-    return Sampling(logits_fn, seed, draws)
+    return Sampling(logits_fn, int(seed), int(draws))
 
 
 def fisher_info(sampling: Sampling | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mats_lightning.sidecar import save_statistics, sidecar_path
@@ -45,7 +44,7 @@ def follow_checkpoints(
         if not trainer.is_global_zero or not _has_place(filepath):
             return
         path = sidecar_path(filepath)
-        if not _write(trainer, statistics, path, factor_dtype):
+        if not _write(statistics, path, factor_dtype):
             path.unlink(missing_ok=True)  # of a checkpoint that was overwritten
             return
         if last_only and previous is not None and previous != path:
@@ -63,20 +62,9 @@ def follow_checkpoints(
     strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
 
 
-def _write(
-    trainer: pl.Trainer,
-    statistics: Statistics | None,
-    path: Path,
-    factor_dtype: torch.dtype | None,
-) -> bool:
+def _write(statistics: Statistics | None, path: Path, factor_dtype: torch.dtype | None) -> bool:
     """Whether there is a sidecar now; a warning says why not."""
     if statistics is None:
-        return False
-    if trainer.ckpt_path is not None and trainer.state.fn != TrainerFn.FITTING:
-        rank_zero_warn(
-            f"MaTSStatsCallback: no sidecar is written at {path}: since the fit its weights were"
-            f" loaded from {trainer.ckpt_path}; use that checkpoint and its sidecar"
-        )
         return False
     try:
         save_statistics(statistics, path, factor_dtype)

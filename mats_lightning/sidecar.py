@@ -81,8 +81,8 @@ def describe(
     covered = [name for name, row in coverage.rows.items() if row.statistics and name in weights]
     return {
         "fisher": "empirical",
-        "loss_reduction": _name_of(loss_reduction),
-        "mask": _name_of(mask),
+        "loss_reduction": name_of(loss_reduction),
+        "mask": name_of(mask),
         **how,
         "coverage": coverage.table(statistics),
         **coverage.form(),
@@ -96,8 +96,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("mats_lightning", "torch", "lightning")}
 
 
-def _name_of(choice: Any) -> str:
-    return choice if isinstance(choice, str) else getattr(choice, "__name__", "custom")
+def name_of(choice: Any) -> Any:
+    """Of a choice that can be a function."""
+    return getattr(choice, "__name__", "custom") if callable(choice) else choice
 
 
 def save_statistics(
@@ -194,7 +195,9 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     if not described["examples"]:
         raise ValueError(
             f"{path} holds no examples: its checkpoint was saved before the capture window"
-            " (last_n_epochs); use a later checkpoint or collect_statistics(...)"
+            " (last_n_epochs) or its sums were left out"
+            f" ({'; '.join(described['info'].get('notes', [])) or 'it has no notes'});"
+            " use a later checkpoint or collect_statistics(...)"
         )
     return Statistics(
         SidecarTensors(path, keys),

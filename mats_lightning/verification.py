@@ -14,9 +14,13 @@ from mats_lightning.statistics.gradients import ExampleGradients
 
 
 class GradientCheck:
-    """Compares, over one backward pass, the captured gradients of parameters with autograd's."""
+    """Compares, over one backward pass, the captured gradients of parameters with autograd's.
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    `largest`: the norm of gradients that others had in earlier passes.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], largest: float = 0.0) -> None:
+        self._parameters, self._largest = set(parameters), largest
         self._captured: dict[str, Tensor] = {}
         self._autograd: dict[str, Tensor] = {}
         self._skipped: set[str] = set()
@@ -38,6 +42,20 @@ class GradientCheck:
         """Forget what came before the backward pass of the batch's own loss."""
         self._autograd.clear()
 
+    def watches(self, names: Iterable[str]) -> bool:
+        """Any of them."""
+        return not self._parameters.isdisjoint(names)
+
+    def compared(self) -> list[str]:
+        """The parameters whose gradient was not 0, or that are not to be compared."""
+        reached = {name for name, gradient in self._autograd.items() if gradient.any()}
+        return sorted(self._parameters & (reached | self._skipped))
+
+    def largest(self, scale: float) -> float:
+        """Norm of a parameter's gradient, times `scale`, in this pass or an earlier one."""
+        norms = [float(gradient.norm()) * scale for gradient in self._autograd.values()]
+        return max([self._largest, *norms])
+
     def skip(self, names: Iterable[str]) -> None:
         self._skipped.update(names)
 
@@ -57,8 +75,7 @@ class GradientCheck:
         By more than rounding: of the gradient itself, and of the largest one, beside which a
         gradient may be nothing but rounding.
         """
-        largest = max((float(g.norm()) * scale for g in self._autograd.values()), default=0.0)
-        names = []
+        largest, names = self.largest(scale), []
         for name, gradient in self._autograd.items():
             if name in self._skipped:
                 continue

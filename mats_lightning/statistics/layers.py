@@ -5,6 +5,7 @@ is seen as a matrix (d_out, d_in), or as one for each group of a convolution; A 
 of that matrix.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -199,11 +200,16 @@ def embedding(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradi
 
 
 class _Forward(nn.Module):
-    """Calls a module's forward without its hooks: ours are among them."""
+    """Calls a module's forward without its hooks: ours are among them.
+
+    On a copy: what the forward keeps in attributes is the training's alone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module = copy.copy(module)
+        for tensors in ("_parameters", "_buffers"):
+            setattr(self.module, tensors, dict(vars(module)[tensors]))
 
     def forward(self, a: Tensor) -> Any:
         return self.module.forward(a)
@@ -224,7 +230,7 @@ def leaf(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]
         return (s.squeeze(0) * g).sum()
 
     gradients = vmap(grad(weighted), in_dims=(None, 0, 0))(own, a, g)
-    return {name: VectorGradients(v.flatten(1)) for name, v in gradients.items()}
+    return {name: VectorGradients(v.reshape(len(v), -1)) for name, v in gradients.items()}
 
 
 # -- which rule a module has ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from mats_lightning.names import plain_name
@@ -39,8 +40,8 @@ def find_coverage(
 
     The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
 
-    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist, or for the
-    gradient alone.
+    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist, for the
+    gradient alone, and for lazy modules that have not been called.
     """
     wanted = set(kinds)
     if unknown := sorted(wanted - set(ALL_KINDS)):
@@ -54,6 +55,12 @@ def find_coverage(
         raise ValueError(
             f"weight_sharing={weight_sharing!r}; choose from {', '.join(WEIGHT_SHARING)}"
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"'{name}' has no shape yet: call the model on a batch before the fit, which makes"
+                " its lazy modules ordinary ones"
+            )
     walk = _Walk(wanted, max_factor_size, adapted_weights, _inside_attention(model))
     for name, module in model.named_modules():
         walk.visit(plain_name(name), module)

@@ -193,11 +193,11 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
             f" {FORMAT_VERSION}: upgrade mats_lightning"
         )
     if not described["examples"]:
+        notes = "".join(f" ({note})" for note in described["info"].get("notes", []))
         raise ValueError(
             f"{path} holds no examples: its checkpoint was saved before the capture window"
-            " (last_n_epochs) or its sums were left out"
-            f" ({'; '.join(described['info'].get('notes', [])) or 'it has no notes'});"
-            " use a later checkpoint or collect_statistics(...)"
+            f" (last_n_epochs), or its sums were left out{notes}; use a later checkpoint or"
+            " collect_statistics(...)"
         )
     return Statistics(
         SidecarTensors(path, keys),

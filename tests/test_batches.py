@@ -1,12 +1,13 @@
 """What a batch tells: which positions count, for which modules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from models import MLP, Flattened, Transformer, texts, vectors
 from oracle import assert_close, expected
+from peft import LoraConfig, get_peft_model
 from test_capture import captured
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -60,10 +61,19 @@ def tiny_t5() -> Any:
     return T5ForConditionalGeneration(config).double()
 
 
+def with_lora() -> Any:
+    """Factors that start at 0 would be given nothing."""
+    config = LoraConfig(r=2, target_modules=["q", "k", "v", "o"], init_lora_weights=False)
+    return get_peft_model(tiny_t5(), config).double()
+
+
+@pytest.mark.parametrize("make", [tiny_t5, with_lora])
 @pytest.mark.parametrize("given", ["labels", "decoder_attention_mask"])
-def test_layers_of_an_encoder_decoder_have_the_mask_of_what_they_read(given: str) -> None:
+def test_layers_of_an_encoder_decoder_have_the_mask_of_what_they_read(
+    given: str, make: Callable[[], Any]
+) -> None:
     """Both sides are of the same length here, so the shape does not tell them apart."""
-    model = tiny_t5()
+    model = make()
     ids, labels = torch.randint(1, 13, (3, 5)), torch.randint(1, 13, (3, 5))
     encoder = torch.arange(5) < torch.tensor([[5], [3], [2]])
     decoder = torch.arange(5) < torch.tensor([[2], [5], [4]])
@@ -87,14 +97,46 @@ def test_layers_of_an_encoder_decoder_have_the_mask_of_what_they_read(given: str
     for handle in handles:
         handle.remove()
     found = capture.statistics
-    assert set(found.kfac) == set(inputs) - {"lm_head"}  # whose weight is tied
+    trained = {name for name in inputs if model.get_submodule(name).weight.requires_grad}
+    assert set(found.kfac) == trained - {"lm_head"}  # whose weight is tied
     for name, (a, _) in found.kfac.items():
-        crossing = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-        mask = encoder if crossing or name.startswith("encoder") else decoder
+        crossing = "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        mask = encoder if crossing or "encoder.block" in name else decoder
         rows = inputs[name].detach()[mask]
         torch.testing.assert_close(a, rows.T @ rows / len(rows))
         assert found.positions[name] == int(mask.sum())
     assert not torch.equal(encoder, decoder)
+
+
+@pytest.mark.parametrize(
+    ("module", "of"),
+    [
+        ("decoder.block.0.layer.1.EncDecAttention.k", "encoder"),
+        ("decoder.block.0.layer.1.EncDecAttention.q", "decoder"),
+        ("decoder.block.0.layer.1.EncDecAttention.o", "decoder"),
+        ("decoder.block.0.layer.1.EncDecAttention.v.lora_B.default", "encoder"),
+        ("model.decoder.layers.0.encoder_attn.v_proj.base_layer", "encoder"),
+        ("model.decoder.layers.0.encoder_attn.out_proj", "decoder"),
+        ("decoder.bert.encoder.layer.0.crossattention.self.key", "encoder"),
+        ("decoder.bert.encoder.layer.0.crossattention.self.query.lora_A.default", "decoder"),
+        ("decoder.bert.encoder.layer.0.crossattention.output.dense", "decoder"),
+        ("decoder.transformer.h.0.crossattention.c_attn", "encoder"),
+        ("decoder.transformer.h.0.crossattention.q_attn", "decoder"),
+        ("decoder.transformer.h.0.crossattention.c_proj", "decoder"),
+        ("encoder.block.0.layer.0.SelfAttention.k", "encoder"),
+    ],
+)
+@pytest.mark.parametrize("known", [{"encoder", "decoder"}, {"decoder"}, {"encoder"}])
+def test_masks_of_the_two_sides(module: str, of: str, known: set[str]) -> None:
+    sides = {"encoder": "attention_mask", "decoder": "decoder_attention_mask"}
+    batch = {sides[side]: torch.ones(2, 3) for side in known}
+    found = Masks.of(encoder_decoder_masks(batch)).of_module(module, (2, 3))
+    assert (found is not None) == (of in known)
+    both = encoder_decoder_masks(
+        {name: torch.full((2, 3), int(s == of)) for s, name in sides.items()}
+    )
+    chosen = Masks.of(both).of_module(module, (2, 3))
+    assert chosen is not None and bool(chosen.all())
 
 
 def test_a_mask_function_may_name_modules() -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
@@ -642,6 +644,141 @@ def test_testing_another_checkpoint_does_no_harm(tmp_path: Path) -> None:
     assert not sidecar_path(tmp_path / "end.ckpt").exists()
 
 
+def test_no_sidecar_for_weights_that_are_not_the_fits(tmp_path: Path) -> None:
+    callback, first, second = MaTSStatsCallback(), Module(MLP(), lr=0.1), Module(MLP(), lr=0.2)
+    batches = in_single(vectors())
+    trainer = fit(first, batches, tmp_path / "a", callback)
+    weights = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert sidecar_path(tmp_path / "end.ckpt").exists()
+    first.load_state_dict(Module(MLP()).state_dict())
+    with pytest.warns(UserWarning, match="since the fit .* the weights have changed"):
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert not sidecar_path(tmp_path / "end.ckpt").exists()
+    first.load_state_dict(weights)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    check_belongs(load_statistics(tmp_path / "end.ckpt"), weights, "it")
+    fit(second, batches, tmp_path / "b", callback)  # its sums are the second fit's now
+    with pytest.warns(UserWarning, match="or another fit with this callback"):
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert not sidecar_path(tmp_path / "end.ckpt").exists()
+
+
+class Unfreezing(L.Callback):
+    """The first layer trains from this epoch on, or from this batch of it."""
+
+    def __init__(self, epoch: int, batch: int = 0) -> None:
+        self.at = (epoch, batch)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pl_module.model.first.requires_grad_(False)  # type: ignore[union-attr]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) >= self.at:
+            pl_module.model.first.requires_grad_(True)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_layers_that_are_unfrozen_in_the_fit_have_statistics(epoch: int, tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 3}
+    fit(module, vectors(), tmp_path, Unfreezing(epoch), callback, **options)
+    assert_equals(callback.statistics, oracle(module, vectors()), 1e-9, [])
+    info = load_statistics(next(tmp_path.rglob("*.ckpt"))).info
+    assert info["notes"] == [] and info["epochs"] == [2]
+    assert {row["name"] for row in info["coverage"]} == set(module.state_dict())
+
+
+def test_what_was_captured_before_layers_were_unfrozen_is_left_out(tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback(last_n_epochs=2)
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 2}
+    note = "the parameters that train have changed in epoch 1: what was captured before is left out"
+    with pytest.warns(UserWarning, match=note):
+        fit(module, vectors(), tmp_path, Unfreezing(1, 1), callback, **options)
+    assert_equals(callback.statistics, oracle(module, vectors()[1:]), 1e-9, [])
+    assert load_statistics(next(tmp_path.rglob("*.ckpt"))).info["notes"] == [note]
+
+
+def test_a_fit_that_unfreezes_resumes(tmp_path: Path) -> None:
+    """At its start the layers are frozen again, until the next batch."""
+    each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 2}
+    module, callback = Module(MLP()), MaTSStatsCallback(last_n_epochs=3)
+    fit(module, vectors(), tmp_path, Unfreezing(0), callback, each, **options)
+    resumed = MaTSStatsCallback(last_n_epochs=3)
+    path, options["max_epochs"] = tmp_path / "epoch=1.ckpt", 3
+    fit(module, vectors(), tmp_path, Unfreezing(0), resumed, ckpt_path=path, **options)
+    assert_equals(resumed.statistics, oracle(module, vectors() * 3), 1e-9, [])
+
+
+class Interrupted(MLP):
+    """The backward pass of one batch fails between its two layers."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.batches = number, 0
+
+    def logits(self, batch: Batch) -> Tensor:
+        hidden = self.activation(self.first(batch["x"]))
+        if self.batches == self.number:
+            hidden.register_hook(self._fail)
+        self.batches += 1
+        logits: Tensor = self.second(hidden)
+        return logits
+
+    def _fail(self, gradient: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+
+def test_sums_with_a_part_of_a_batch_are_left_out(tmp_path: Path) -> None:
+    module, callback = Module(Interrupted(1)), MaTSStatsCallback()
+    saving = OnExceptionCheckpoint(tmp_path, "broken")
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        pytest.warns(UserWarning, match="a backward pass was interrupted in the middle of a batch"),
+    ):
+        fit(module, in_single(vectors()), tmp_path, callback, saving)
+    with pytest.raises(
+        ValueError, match=r"holds no examples: .* \(a backward pass was interrupted"
+    ):
+        load_statistics(tmp_path / "broken.ckpt")
+    assert not callback.statistics.examples
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"weight_sharing": "reduce"},
+        {"loss_reduction": "sum"},
+        {"loss_scale": 0.5},
+        {"max_factor_size": 3},
+        {"statistics": ["gram"]},
+        {"mask_fn": lambda batch: None},
+    ],
+    ids=lambda choice: next(iter(choice)),
+)
+def test_resuming_with_another_choice_is_refused(choice: dict[str, Any], tmp_path: Path) -> None:
+    batches = in_single(vectors())
+    fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback())
+    path = next(tmp_path.rglob("*.ckpt"))
+    other = MaTSStatsCallback(**choice)
+    with pytest.raises(MisconfigurationException, match=f"{next(iter(choice))}=.*same choice"):
+        fit(Module(MLP()), batches, tmp_path, other, ckpt_path=path, max_epochs=2)
+    # nothing is resumed by a test
+    trainer = L.Trainer(callbacks=[other], default_root_dir=tmp_path, **QUIET)
+    trainer.test(Module(MLP()), loader(batches), ckpt_path=path, verbose=False)
+
+
+def test_numbers_may_be_numpys(tmp_path: Path) -> None:
+    callback = MaTSStatsCallback(last_n_epochs=np.int64(1), max_examples=np.int64(5))
+    fit(Module(MLP()), in_single(vectors()), tmp_path, callback)
+    path = next(tmp_path.rglob("*.ckpt"))
+    assert load_statistics(path).info["max_examples"] == 5
+    torch.load(path, weights_only=True)
+
+
 def test_testing_with_a_new_callback_does_no_harm(tmp_path: Path) -> None:
     module = Module(MLP())
     fit(module, in_single(vectors()), tmp_path, MaTSStatsCallback())
@@ -828,19 +965,12 @@ def test_resuming_for_longer_forgets_what_is_before_the_new_window(tmp_path: Pat
     assert found.info["epochs"] == [3, 4] and found.examples == 2 * sum(UNEVEN)
 
 
-def test_resuming_with_other_statistics_is_refused(tmp_path: Path) -> None:
-    fit(
-        Module(MLP()),
-        in_single(vectors()),
-        tmp_path,
-        MaTSStatsCallback(statistics=["gram", "kfac"]),
-    )
+def test_the_order_of_statistics_is_no_other_choice(tmp_path: Path) -> None:
+    first = MaTSStatsCallback(statistics=["gram", "kfac"])
+    fit(Module(MLP()), in_single(vectors()), tmp_path, first)
     path = next(tmp_path.rglob("*.ckpt"))
     same = MaTSStatsCallback(statistics=["kfac", "gram"])
     fit(Module(MLP()), in_single(vectors()), tmp_path, same, ckpt_path=path, max_epochs=2)
-    with pytest.raises(MisconfigurationException, match="resume with the same choice"):
-        other = MaTSStatsCallback(statistics=["gram"])
-        fit(Module(MLP()), in_single(vectors()), tmp_path, other, ckpt_path=path, max_epochs=2)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -33,6 +33,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from mats_lightning import (
@@ -64,6 +66,39 @@ def test_statistics_equal_brute_force(make: Callable[[], nn.Module], batches: li
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert all(p.grad is None for p in model.parameters()) and hooks(model) == 0
     assert_close(model.state_dict(), weights, 0.0)
+
+
+def test_a_training_step_may_leave_the_number_of_the_batch_out() -> None:
+    class Short(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = MLP()
+
+        def training_step(self, batch: Batch) -> Tensor:
+            loss: Tensor = self.model(batch).mean()
+            return loss
+
+    module = Short().double()
+    found = collect_statistics(module, vectors(), progress=False)
+    assert_equals(found, expected(module.model, vectors(), root=module), 1e-9, [])
+
+
+def test_a_step_that_optimizes_is_not_called() -> None:
+    class Manual(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = MLP(), False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            raise AssertionError("it would train")
+
+    module = Manual().double()
+    with pytest.raises(ValueError, match="Manual optimizes manually, .* pass loss_fn="):
+        collect_statistics(module, vectors(), progress=False)
+    found = collect_statistics(
+        module, vectors(), loss_fn=lambda m, batch: m.model(batch).mean(), progress=False
+    )
+    assert_equals(found, expected(module.model, vectors(), root=module), 1e-9, [])
 
 
 def test_weights_have_no_gradient_of_their_own_after_the_first_batch() -> None:
@@ -407,6 +442,25 @@ def test_a_model_and_a_tokenized_data_set(kind: str) -> None:
     tied = pairs.get(kind, [])
     assert found.examples == len(SENTENCES)
     assert_equals(found, covered_part(found, wanted), 1e-5, tied)
+
+
+def test_labels_drawn_for_an_encoder_decoder() -> None:
+    """It is given what its labels tell, and no label of the data has an influence on the loss."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 13, "d_model": 8, "d_kv": 4, "d_ff": 10, "num_heads": 2}
+    config = T5Config(**sizes, num_layers=1, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    ids, labels = torch.randint(1, 13, (4, 5)), torch.randint(1, 13, (4, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    given = {"decoder_input_ids": F.pad(labels[:, :-1], (1, 0))}
+    found, wanted = (
+        collect_statistics(model, [batch | more], fisher="sampled", progress=False)
+        for more in ({}, given)
+    )
+    assert_close(found.tensors, wanted.tensors, 0.0)
+    with pytest.raises(ValueError, match="the decoder of T5For.* add labels or decoder_input_ids"):
+        del batch["labels"]
+        collect_statistics(model, [batch], fisher="sampled", progress=False)
 
 
 class Around(L.LightningModule):

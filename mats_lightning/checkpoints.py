@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 
 SINGLE = "model.safetensors"
@@ -81,7 +82,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     save_file(own, file, metadata={"format": "pt"})
 
 
-class SafetensorsWeights(Mapping[str, Tensor]):
+class SafetensorsWeights(Lazy[Tensor]):
     """The tensors of one or more safetensors files, by plain name.
 
     Holds names and paths, no open file and no tensor, so it can be copied and pickled.
@@ -104,6 +105,7 @@ class SafetensorsWeights(Mapping[str, Tensor]):
                     )
                 home[key] = file
         names = _plain_names(home, prefix, source, rename)
+        super().__init__(names)
         self._stored = {name: (home[key], key) for name, key in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -111,15 +113,6 @@ class SafetensorsWeights(Mapping[str, Tensor]):
         with safe_open(file, framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(key)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:

@@ -15,7 +15,7 @@ Products have the names of the weights that they are added to, "<layer>.base_lay
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mats_lightning.checkpoints import (
     load_weights,
 )
 from mats_lightning.export import export_adapter
+from mats_lightning.lazy import Lazy
 from mats_lightning.merging.models import merge_dtype
 from mats_lightning.names import plain_name
 
@@ -145,28 +146,21 @@ def lora_products(adapters: Sequence[Lora]) -> list[Mapping[str, Tensor]]:
     return [Products(adapter) for adapter in adapters]
 
 
-class Products(Mapping[str, Tensor]):
+class Products(Lazy[Tensor]):
     """The products of one adapter's factors."""
 
     def __init__(self, adapter: Lora) -> None:
+        super().__init__(layer + BASE for layer in adapter.layers)
         self._adapter = adapter
-        self._layers = {layer + BASE: layer for layer in adapter.layers}
 
     def __getitem__(self, name: str) -> Tensor:
-        layer = self._layers[name]
+        if name not in self:
+            raise KeyError(name)
+        layer = name.removesuffix(BASE)
         a, b = (self._adapter.weights[layer + factor].detach() for factor in (A, B))
         dtype = merge_dtype([a, b])
         product = self._adapter.scaling(layer) * (b.to(dtype) @ a.to(dtype))
         return product.T.contiguous() if self._adapter.transposed else product
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers  # Mapping's own would compute the product
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 def save_lora(

@@ -31,7 +31,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
+from mats_lightning.lazy import Lazy
 from mats_lightning.statistics import Coverage, Statistics
 from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
 
@@ -205,14 +206,15 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     )
 
 
-class SidecarTensors(Mapping[str, Tensor]):
+class SidecarTensors(Lazy[Tensor]):
     """The raw sums of a sidecar, each read, unpacked and checked when it is asked for."""
 
     def __init__(self, path: Path, keys: list[str]) -> None:
-        self.path, self._keys = path, dict.fromkeys(keys)
+        super().__init__(keys)
+        self.path = path
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
+        if key not in self:
             raise KeyError(f"{self.path} has no '{key}'")
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -222,15 +224,6 @@ class SidecarTensors(Mapping[str, Tensor]):
         if not finite(tensor):
             raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
         return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
-
-    def __contains__(self, key: object) -> bool:  # without reading it
-        return key in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: str) -> None:

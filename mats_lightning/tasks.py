@@ -20,6 +20,7 @@ from mats_lightning.checkpoints import (
     is_adapter,
     load_weights,
 )
+from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
@@ -269,24 +270,16 @@ def _begins(parameter: str, prefix: str) -> bool:
     return parameter == prefix or parameter.startswith(f"{prefix}.")
 
 
-class Part(Mapping[str, Tensor]):
+class Part(Lazy[Tensor]):
     """Some of a model's weights, moved to a device as they are read."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], names: Sequence[str], device: torch.device
     ) -> None:
-        self._weights, self._names, self._device = weights, dict.fromkeys(names), device
+        super().__init__(names)
+        self._weights, self._device = weights, device
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self:
             raise KeyError(name)
         return self._weights[name].to(self._device)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -6,10 +6,10 @@ Every file is written under a temporary name and renamed, so a kill leaves the o
 """
 
 import csv
+import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+
+from mats_lightning.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,18 +88,14 @@ def write_markdown(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n"
         for line in [header, rule, *lines]
     )
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Write the table of `print_table` as CSV, with all digits. Raises as that does."""
-    lines = _cells(rows, digits=None)
-    with (
-        _replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        csv.writer(file).writerows(lines)
+    text = io.StringIO()
+    csv.writer(text).writerows(_cells(rows, digits=None))
+    write_text(Path(path), text.getvalue(), newline="")
 
 
 def plot_scores(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -291,18 +289,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.removeprefix(".") or "png", dpi=160)
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    suffix = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=160))

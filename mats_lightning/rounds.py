@@ -12,12 +12,13 @@ from urllib.parse import quote, unquote
 from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.files import write_text
 from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
 from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import check_range
 from mats_lightning.sampled import FISHERS, Fisher
-from mats_lightning.sidecar import SUFFIX, digest, write_atomically
+from mats_lightning.sidecar import SUFFIX, digest
 
 Weights = Mapping[str, Tensor]
 LABELS = ("data", "teacher")
@@ -191,12 +192,7 @@ class Folder:
                 save_state(fitted, self.fitted_heads(last.number))
         done = [asdict(round_) for round_ in rounds]
         known = {"plan": self.plan, "tasks": self.tasks, "start": self.start, "rounds": done}
-        text = json.dumps(known, indent=2)
-
-        def write(file: Path) -> None:
-            file.write_text(f"{text}\n", encoding="utf-8")
-
-        write_atomically(self.path / "history.json", write)
+        write_text(self.path / "history.json", json.dumps(known, indent=2) + "\n")
 
     def weights(self, number: int) -> Path:
         return self.path / f"round-{number}.safetensors"

@@ -26,12 +26,11 @@ Divide sums by `examples` (A, a and counts by their group's positions; A_reduced
 have what the README defines.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
+from mats_lightning.files import write_atomically
 from mats_lightning.lazy import Lazy
 from mats_lightning.statistics import Coverage, Statistics
 from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
@@ -138,22 +138,6 @@ def save_statistics(
         "statistics": json.dumps(described),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)` beside `path`, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes its files readable for their owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:

@@ -14,8 +14,8 @@ from matplotlib.ticker import ScalarFormatter
 from paper_long import relative
 from paper_tables import Record, merge_seconds
 
+from mats_lightning.files import write_atomically
 from mats_lightning.joint import REFERENCES
-from mats_lightning.sidecar import write_atomically
 
 __all__ = ["write_figures"]
 

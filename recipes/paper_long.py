@@ -4,6 +4,7 @@ What has not been measured stands there as "missing".
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,7 @@ from typing import Any
 from bench import Cell
 from paper_tables import Record
 
-from mats_lightning.sidecar import write_atomically
+from mats_lightning.files import write_text
 
 __all__ = ["MISSING", "relative", "write_long"]
 
@@ -52,14 +53,11 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
             row |= measured(record, individual.get(record.seed))
         rows.append(row)
 
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*FIXED, *tasks, *MEASURED])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue(), newline="")
 
 
 def measured(record: Record, individual: Cell | None) -> dict[str, Any]:

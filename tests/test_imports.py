@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "names": set(),
     "batches": set(),
     "broadcast": set(),
+    "files": set(),
     "lazy": set(),
     "statistics": {"lazy", "names"},
     "verification": {"statistics"},
@@ -21,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampled": {"batches", "capture"},
     "distillation": {"batches", "sampled"},
     "huggingface": set(),
-    "sidecar": {"batches", "lazy", "statistics"},
+    "sidecar": {"batches", "files", "lazy", "statistics"},
     "ranks": {"statistics"},
     "accumulation": {"ranks", "statistics"},
     "saving": {"sidecar", "statistics"},
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "low_rank": {"lora", "merging", "operators", "statistics"},
     "tasks": {"checkpoints", "lazy", "names", "sidecar", "statistics"},
     "products": {"checkpoints", "lora", "low_rank", "merging", "statistics", "tasks"},
-    "report": set(),
+    "report": {"files"},
     "merged": {"lora", "merging", "products", "tasks"},
     "joint": {"merged", "merging", "products", "statistics", "tasks"},
     "merge_folder": {
@@ -98,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     "measuring": {
         "checkpoints",
         "collect",
+        "files",
         "merging",
         "names",
         "passes",
@@ -105,7 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "statistics",
         "tasks",
     },
-    "rounds": {"checkpoints", "heads", "measuring", "merging", "sampled", "sidecar"},
+    "rounds": {"checkpoints", "files", "heads", "measuring", "merging", "sampled", "sidecar"},
     "task_rounds": {
         "batches",
         "distillation",

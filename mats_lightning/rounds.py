@@ -15,8 +15,8 @@ from mats_lightning.checkpoints import load_weights
 from mats_lightning.files import write_text
 from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
-from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import check_range
+from mats_lightning.merging.results import objective_kinds
 from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX, digest
 

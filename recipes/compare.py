@@ -11,8 +11,8 @@ from merge_options import MethodOptions
 
 from mats_lightning.joint import REFERENCES, STATISTICS
 from mats_lightning.lora import BASE
-from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import names_with
+from mats_lightning.merging.results import objective_kinds
 from mats_lightning.report import Row
 
 __all__ = [

@@ -20,7 +20,6 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"statistics"},
     "capture": {"batches", "broadcast", "statistics", "verification"},
     "sampled": {"batches", "capture"},
-    "distillation": {"batches", "sampled"},
     "huggingface": set(),
     "sidecar": {"batches", "files", "lazy", "statistics"},
     "ranks": {"statistics"},
@@ -49,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "passes": {"huggingface", "names"},
+    "distillation": {"batches", "passes", "sampled"},
     "collect": {
         "batches",
         "capture",

@@ -41,11 +41,11 @@ from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
+from mats_lightning.figures import plot_seconds
 from mats_lightning.joint import REFERENCES
 from mats_lightning.report import (
     Row,
     average,
-    plot_seconds,
     print_table,
     relative,
     write_csv,

@@ -72,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"checkpoints", "lazy", "names", "sidecar", "statistics"},
     "products": {"checkpoints", "lora", "low_rank", "merging", "statistics", "tasks"},
     "report": {"files"},
+    "figures": {"files", "report"},
     "merged": {"lora", "merging", "products", "tasks"},
     "joint": {"merged", "merging", "products", "statistics", "tasks"},
     "merge_folder": {

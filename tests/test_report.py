@@ -5,7 +5,6 @@ import io
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from mats_lightning.figures import plot_residuals, plot_scores, plot_seconds
 from mats_lightning.report import (
     Row,
     average,
-    plot_residuals,
-    plot_scores,
-    plot_seconds,
     print_table,
     relative,
     write_csv,
@@ -44,11 +41,6 @@ OUTPUTS: list[Callable[[Sequence[Row], Path], None]] = [
     lambda rows, path: plot_scores(rows, path.with_suffix(".png")),
 ]
 output = pytest.mark.parametrize("write", OUTPUTS, ids=["print", "markdown", "csv", "plot"])
-
-
-@dataclass(frozen=True)
-class Block:
-    residuals: list[float]
 
 
 @pytest.fixture
@@ -201,12 +193,12 @@ def test_plot_tells_two_rows_of_a_method_apart(tmp_path: Path, drawn: list[Figur
 
 def test_plot_of_residuals(tmp_path: Path, drawn: list[Figure]) -> None:
     plain = {
-        "q": Block([1.0, 0.5, 0.25]),
-        "k": Block([1.0, 0.1]),  # stopped early: 0.1 from there on
-        "v": Block([1.0, 0.3, 0.2]),
-        "bias": Block([]),
+        "q": [1.0, 0.5, 0.25],
+        "k": [1.0, 0.1],  # stopped early: 0.1 from there on
+        "v": [1.0, 0.3, 0.2],
+        "bias": [],
     }
-    plot_residuals({"plain": plain, "direct": {"a": Block([])}}, tmp_path / "residuals.png")
+    plot_residuals({"plain": plain, "direct": {"a": []}}, tmp_path / "residuals.png")
     (axes,) = drawn[0].axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel() == "iteration"
@@ -244,13 +236,13 @@ def test_plot_of_seconds(tmp_path: Path, drawn: list[Figure]) -> None:
 
 
 def test_plot_of_a_residual_that_is_zero(tmp_path: Path, drawn: list[Figure]) -> None:
-    plot_residuals({"exact": {"a": Block([1.0, 0.0]), "b": Block([1.0, 1e-9])}}, tmp_path / "r.png")
+    plot_residuals({"exact": {"a": [1.0, 0.0], "b": [1.0, 1e-9]}}, tmp_path / "r.png")
     low, high = drawn[0].axes[0].get_ylim()
     assert 0 < low < 1e-9 < 1 < high
 
 
-@pytest.mark.parametrize("labelled", [{}, {"plain": {}}, {"plain": {"bias": Block([])}}])
-def test_no_residuals(tmp_path: Path, labelled: dict[str, dict[str, Block]]) -> None:
+@pytest.mark.parametrize("labelled", [{}, {"plain": {}}, {"plain": {"bias": []}}])
+def test_no_residuals(tmp_path: Path, labelled: dict[str, dict[str, list[float]]]) -> None:
     with pytest.raises(ValueError, match=f"labels: {', '.join(labelled) or 'none'}"):
         plot_residuals(labelled, tmp_path / "residuals.png")
 

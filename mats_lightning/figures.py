@@ -37,7 +37,7 @@ def plot_scores(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         image = table.imshow(scores, cmap="Blues", aspect="auto")
         figure.colorbar(image, ax=bars, label="score")
     else:
-        shares = np.array([list(quotients(row, individual).values()) for row in rows])
+        shares = np.array([list(quotients(row.scores, individual.scores).values()) for row in rows])
         limits = {"vmin": 1 - COLOUR_RANGE, "vmax": 1 + COLOUR_RANGE}
         image = table.imshow(shares, cmap="RdBu", aspect="auto", **limits)
         scale = figure.colorbar(image, ax=bars, label="score / individual", extend="min")

@@ -8,7 +8,7 @@ Every file is written under a temporary name and renamed, so a kill leaves the o
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,31 @@ def average(row: Row) -> float:
     return sum(row.scores.values()) / len(row.scores)
 
 
-def relative(row: Row, individual_row: Row) -> float:
+def relative(scores: Mapping[str, float], individual: Mapping[str, float]) -> float:
     """Mean over tasks of score / individual score: 1 where merging costs nothing.
 
-    Raises ValueError for rows of unequal tasks and for an individual score of zero.
+    Raises ValueError as `quotients` does.
     """
-    return average(Row(row.method, row.settings, quotients(row, individual_row)))
+    found = quotients(scores, individual)
+    return sum(found.values()) / len(found)
+
+
+def quotients(scores: Mapping[str, float], individual: Mapping[str, float]) -> dict[str, float]:
+    """task -> score / individual score.
+
+    Raises ValueError for no tasks, unequal ones, and an individual score of zero.
+    """
+    if scores.keys() != individual.keys() or not scores:
+        raise ValueError(
+            f"these scores are of unequal tasks, or of none: {sorted(scores)} and"
+            f" {sorted(individual)}. Evaluate both on the same tasks"
+        )
+    if zero := [task for task, score in individual.items() if score == 0]:
+        raise ValueError(
+            f"the individual score is 0 on {', '.join(zero)}, so no score is relative to it. Leave "
+            "the task out, or take a metric that is above 0"
+        )
+    return {task: scores[task] / score for task, score in individual.items()}
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console | None = None) -> None:
@@ -88,7 +107,12 @@ def individual_row(rows: Sequence[Row]) -> Row | None:
     if not rows:
         raise ValueError("no rows to report: expected one a method")
     for row in rows:
-        _check_tasks(row, rows[0])
+        if row.scores.keys() != rows[0].scores.keys():
+            raise ValueError(
+                f"rows {row.method!r} and {rows[0].method!r} are of unequal tasks:"
+                f" {sorted(row.scores)} and {sorted(rows[0].scores)}. Evaluate both on the same"
+                " tasks"
+            )
     found = [row for row in rows if row.method == INDIVIDUAL]
     if len(found) > 1:
         raise ValueError(
@@ -96,25 +120,6 @@ def individual_row(rows: Sequence[Row]) -> Row | None:
             "others are related. Give the others another name"
         )
     return found[0] if found else None
-
-
-def _check_tasks(row: Row, reference: Row) -> None:
-    if row.scores.keys() != reference.scores.keys():
-        raise ValueError(
-            f"rows {row.method!r} and {reference.method!r} are of unequal tasks: "
-            f"{sorted(row.scores)} and {sorted(reference.scores)}. Evaluate both on the same tasks"
-        )
-
-
-def quotients(row: Row, individual: Row) -> dict[str, float]:
-    _check_tasks(row, individual)
-    zero = [task for task, score in individual.scores.items() if score == 0]
-    if zero:
-        raise ValueError(
-            f"the individual score is 0 on {', '.join(zero)}, so no score is relative to it. Leave "
-            "the task out, or take a metric that is above 0"
-        )
-    return {task: row.scores[task] / score for task, score in individual.scores.items()}
 
 
 def _cells(rows: Sequence[Row], digits: int | None) -> list[list[str]]:
@@ -125,7 +130,7 @@ def _cells(rows: Sequence[Row], digits: int | None) -> list[list[str]]:
     for row in rows:
         numbers = [*(row.scores[task] for task in tasks), average(row)]
         if individual is not None:
-            numbers.append(relative(row, individual))
+            numbers.append(relative(row.scores, individual.scores))
         cells = [str(number) if digits is None else f"{number:.{digits}f}" for number in numbers]
         lines.append([row.method, row.settings, *cells])
     return lines

@@ -7,15 +7,15 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from bench import Cell
 from paper_tables import Record
 
 from mats_lightning.files import write_text
+from mats_lightning.report import relative
 
-__all__ = ["MISSING", "relative", "write_long"]
+__all__ = ["MISSING", "write_long"]
 
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
@@ -73,10 +73,5 @@ def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
     if cell.merge_iterations:
         row["merge_iterations"] = cell.merge_iterations
     if individual is not None and record.split == "test" and record.table in RELATIVE:
-        row["relative"] = relative(cell, individual)
+        row["relative"] = relative(cell.scores, individual.scores)
     return row
-
-
-def relative(cell: Cell, individual: Cell) -> float:
-    """Mean over tasks of score / individual score."""
-    return mean(cell.scores[name] / score for name, score in individual.scores.items())

@@ -283,7 +283,7 @@ def report(
                 "seconds": line.seconds,
                 "test_scores": line.row.scores,
                 "test_average": average(line.row),
-                "relative": relative(line.row, rows[0]),
+                "relative": relative(line.row.scores, rows[0].scores),
             }
             for line in lines
         ],

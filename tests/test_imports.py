@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "sidecar",
         "tasks",
     },
-    "evaluation": {"tasks"},
+    "evaluation": {"report", "tasks"},
     "module": {
         "checkpoints",
         "evaluation",

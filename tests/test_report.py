@@ -65,9 +65,9 @@ def printed(rows: Sequence[Row], width: int = 200) -> list[str]:
 
 def test_average_and_relative() -> None:
     assert average(MERGED) == pytest.approx(2.0 / 3)
-    assert relative(MERGED, INDIVIDUAL) == pytest.approx((0.75 + 0.9 + 1.0) / 3)
-    assert relative(AVERAGE, INDIVIDUAL) == pytest.approx((0.5 + 0.4 + 0.5) / 3)
-    assert relative(INDIVIDUAL, INDIVIDUAL) == 1.0
+    assert relative(MERGED.scores, INDIVIDUAL.scores) == pytest.approx((0.75 + 0.9 + 1.0) / 3)
+    assert relative(AVERAGE.scores, INDIVIDUAL.scores) == pytest.approx((0.5 + 0.4 + 0.5) / 3)
+    assert relative(INDIVIDUAL.scores, INDIVIDUAL.scores) == 1.0
 
 
 @pytest.mark.parametrize("width", [80, 20, 200])
@@ -110,7 +110,7 @@ def test_csv_has_all_digits(tmp_path: Path) -> None:
     assert second["settings"] == "a, b"
     assert {task: float(second[task]) for task in third.scores} == third.scores
     assert float(second["average"]) == average(third)
-    assert float(second["relative"]) == relative(third, INDIVIDUAL)
+    assert float(second["relative"]) == relative(third.scores, INDIVIDUAL.scores)
 
 
 def test_without_individual_there_is_no_relative_column(
@@ -157,9 +157,13 @@ def test_rows_that_make_no_table(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_relative_to_a_row_of_other_tasks() -> None:
-    with pytest.raises(ValueError, match="'individual' and 'ties' are of unequal tasks"):
-        relative(INDIVIDUAL, Row("ties", "", {"trec": 1.0}))
+def test_scores_of_other_tasks() -> None:
+    other = Row("ties", "", {"trec": 1.0})
+    with pytest.raises(ValueError, match="'ties' and 'individual' are of unequal tasks"):
+        print_table([INDIVIDUAL, other], "title")
+    for scores, individual in ((INDIVIDUAL.scores, other.scores), ({}, {})):
+        with pytest.raises(ValueError, match="of unequal tasks, or of none"):
+            relative(scores, individual)
 
 
 def test_plot_of_scores_shows_every_number(tmp_path: Path, drawn: list[Figure]) -> None:

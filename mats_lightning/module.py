@@ -85,16 +85,17 @@ class MergeModule(TaskEvaluation):
             return
         self._merged = merged = self._joint.run(device, progress)
         self._put_in_place()
+        method = self._joint.method
         if lost := merged.lost.values():
             rank_zero_info(
-                f"{self._joint.method}: rank {self._joint.lora_rank} leaves out"
+                f"{method.name}: rank {method.lora_rank} leaves out"
                 f" {median(lost):.1%} of a merged product (median over layers; at most"
                 f" {max(lost):.1%})"
             )
         for part, names in merged.uncovered.items():
-            how = self._joint.options.get("uncovered", "average")
+            how = method.options.get("uncovered", "average")
             rank_zero_info(
-                f"{self._joint.method}, {part}: {len(names)} parameters without a statistic of"
+                f"{method.name}, {part}: {len(names)} parameters without a statistic of"
                 f" this objective ({how}): {', '.join(names[:4])}"
                 f"{', ...' if len(names) > 4 else ''}"
             )

@@ -9,10 +9,10 @@ from bench import Bench, Cell, Find, Merge, Opened
 from cells import Cells
 from merge_options import MethodOptions
 
-from mats_lightning.joint import REFERENCES, STATISTICS
 from mats_lightning.lora import BASE
 from mats_lightning.merging.models import names_with
 from mats_lightning.merging.results import objective_kinds
+from mats_lightning.methods import REFERENCES, STATISTICS
 from mats_lightning.report import Row
 
 __all__ = [

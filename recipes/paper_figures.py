@@ -14,7 +14,7 @@ from matplotlib.ticker import ScalarFormatter
 from paper_tables import Record, merge_seconds
 
 from mats_lightning.files import write_atomically
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 from mats_lightning.report import relative
 
 __all__ = ["write_figures"]

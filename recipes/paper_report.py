@@ -12,7 +12,7 @@ from bench import Cell
 from paper_long import MISSING
 from paper_tables import Record, merge_seconds
 
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 from mats_lightning.report import relative
 
 __all__ = ["tables_in"]

@@ -42,7 +42,7 @@ from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.figures import plot_seconds
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 from mats_lightning.report import (
     Row,
     average,

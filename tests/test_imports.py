@@ -74,7 +74,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"files"},
     "figures": {"files", "report"},
     "merged": {"lora", "merging", "products", "tasks"},
-    "joint": {"merged", "merging", "products", "statistics", "tasks"},
+    "methods": {"merging", "statistics"},
+    "joint": {"merged", "merging", "methods", "products", "statistics", "tasks"},
     "merge_folder": {
         "card",
         "checkpoints",

@@ -22,15 +22,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mats_lightning.card import MergeCard
-from mats_lightning.checkpoints import (
+from mats_lightning.adapter_files import (
     ADAPTER,
     ADAPTER_NAME,
     AS_BUILT,
     adapter_config,
+    adapter_configs,
     adapter_key,
-    load_weights,
 )
+from mats_lightning.card import MergeCard
+from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import export_adapter
 from mats_lightning.lazy import Lazy
 from mats_lightning.merging.models import merge_dtype
@@ -197,14 +198,11 @@ def take_form(module: nn.Module, lora: Lora) -> None:
         a.weight = nn.Parameter(a.weight.new_empty(rank, a.in_features))
         b.weight = nn.Parameter(b.weight.new_empty(b.out_features, rank))
         layer.scaling[ADAPTER_NAME] = scaling
-    for found in layers.values():
-        configs = getattr(found, "peft_config", None)
-        if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
-            config = configs[ADAPTER_NAME]
-            if not hasattr(config, AS_BUILT):
-                setattr(config, AS_BUILT, config.to_dict())
-            for key in lora.config.keys() & OF_SCALING:  # for save_pretrained
-                setattr(config, key, lora.config[key])
+    for config in adapter_configs(module):
+        if not hasattr(config, AS_BUILT):
+            setattr(config, AS_BUILT, config.to_dict())
+        for key in lora.config.keys() & OF_SCALING:  # for save_pretrained
+            setattr(config, key, lora.config[key])
 
 
 def _check_lora(lora: Lora, what: str) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from mats_lightning.adapter_files import adapter_config, adapter_key, is_adapter
 from mats_lightning.card import MergeCard
-from mats_lightning.checkpoints import adapter_config, adapter_key, is_adapter
 from mats_lightning.export import backbone_prefix, export_adapter, export_huggingface
 from mats_lightning.joint import JointMerge
 from mats_lightning.merged import Merged

@@ -40,6 +40,10 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.loss_scale is not None and not callable(self.loss_scale):
             checked_scale(self.loss_scale)
+        for name in ("every_n_batches", "max_examples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise MisconfigurationException(f"{name}={number}; it must be 1 or more")
 
     @property
     def scale_is_known(self) -> bool:

@@ -2,11 +2,12 @@
 
 from mats_lightning.statistics.coverage import KINDS, Coverage
 from mats_lightning.statistics.record import Statistics
-from mats_lightning.statistics.walk import find_coverage
+from mats_lightning.statistics.walk import check_kinds, find_coverage
 
 __all__ = [
     "KINDS",
     "Coverage",
     "Statistics",
+    "check_kinds",
     "find_coverage",
 ]

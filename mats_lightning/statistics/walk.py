@@ -25,9 +25,30 @@ from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT
 WEIGHT_SHARING = ("expand", "reduce")
 
 
+def check_kinds(kinds: str | Iterable[str], weight_sharing: str) -> tuple[str, ...]:
+    """The kinds of statistics, of which there may be one.
+
+    Raises ValueError for a kind, or a way of K-FAC, that does not exist, for none, and for the
+    gradient alone.
+    """
+    chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if unknown := sorted(set(chosen) - set(ALL_KINDS)):
+        known = ", ".join(ALL_KINDS)
+        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {known}")
+    if set(chosen) == {GRADIENT}:
+        raise ValueError(f"the gradient is taken beside a curvature: add one of {', '.join(KINDS)}")
+    if not chosen:
+        raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
+    if weight_sharing not in WEIGHT_SHARING:
+        raise ValueError(
+            f"weight_sharing={weight_sharing!r}; choose from {', '.join(WEIGHT_SHARING)}"
+        )
+    return chosen
+
+
 def find_coverage(
     model: nn.Module,
-    kinds: Iterable[str],
+    kinds: str | Iterable[str],
     max_factor_size: int,
     weight_sharing: str = "expand",
     adapted_weights: bool = False,
@@ -39,21 +60,9 @@ def find_coverage(
 
     The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
 
-    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist, or for the
-    gradient alone.
+    Raises ValueError as `check_kinds` does.
     """
-    wanted = set(kinds)
-    if unknown := sorted(wanted - set(ALL_KINDS)):
-        known = ", ".join(ALL_KINDS)
-        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {known}")
-    if wanted == {GRADIENT}:
-        raise ValueError(f"the gradient is taken beside a curvature: add one of {', '.join(KINDS)}")
-    if not wanted:
-        raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
-    if weight_sharing not in WEIGHT_SHARING:
-        raise ValueError(
-            f"weight_sharing={weight_sharing!r}; choose from {', '.join(WEIGHT_SHARING)}"
-        )
+    wanted = set(check_kinds(kinds, weight_sharing))
     walk = _Walk(wanted, max_factor_size, adapted_weights, _inside_attention(model))
     for name, module in model.named_modules():
         walk.visit(plain_name(name), module)

@@ -84,7 +84,7 @@ def encoder_decoder_masks(batch: Any) -> dict[str, Tensor]:
     values of its cross-attention come from the encoder, and have the encoder's.
     """
     encoder, decoder = attention_mask(batch), _mask_named("decoder_attention_mask", batch)
-    labels = batch.get("labels") if hasattr(batch, "get") else None
+    labels = _column(batch, "labels")
     if decoder is None and isinstance(labels, Tensor) and labels.ndim == 2:
         decoder = labels != -100
     masks = {}
@@ -109,8 +109,13 @@ def default_masks(model: nn.Module) -> MaskFn:
     return attention_mask
 
 
+def _column(batch: Any, name: str) -> Any:
+    """Of a batch that is a mapping, if it has it."""
+    return batch.get(name) if hasattr(batch, "get") else None
+
+
 def _mask_named(name: str, batch: Any) -> Tensor | None:
-    mask = batch.get(name) if hasattr(batch, "get") else None
+    mask = _column(batch, name)
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
@@ -127,7 +132,7 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
         return float(examples)
     if reduction == "sum":
         return 1.0
-    labels = batch.get("labels") if hasattr(batch, "get") else None
+    labels = _column(batch, "labels")
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"loss_reduction={reduction!r} counts the labels that are not -100 in"

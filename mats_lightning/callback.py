@@ -21,7 +21,6 @@ from mats_lightning.batches import (
     BatchSizeFn,
     LossReduction,
     MaskFn,
-    attention_mask,
     check_loss_modules,
     check_loss_reduction,
     default_masks,
@@ -175,7 +174,7 @@ class MaTSStatsCallback(Callback):
         self.max_factor_size = max_factor_size
         self.weight_sharing = weight_sharing
         self.adapted_weights = adapted_weights
-        self._masks: MaskFn = attention_mask  # until the model is known
+        self._masks: MaskFn  # from on_fit_start on
         self.device = None if device is None else torch.device(device)
         self.sidecar = sidecar
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]

@@ -29,6 +29,7 @@ from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 
 SINGLE, INDEX = MODEL_FILES
+SHOWN = 8  # names in an error
 
 
 def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str, Tensor]:
@@ -228,9 +229,9 @@ def _what_is_in(folder: Path) -> str:
     return f"{folder} holds: {_shorten(sorted(entry.name for entry in folder.iterdir()))}."
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
-    if len(names) > limit:
-        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+def _shorten(names: list[str]) -> str:
+    if len(names) > SHOWN:
+        return f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
     return ", ".join(names) or "nothing"
 
 

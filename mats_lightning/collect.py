@@ -105,7 +105,7 @@ def collect_statistics(
         logits_fn = logits_fn or huggingface.logits_of
     sampling = choose_fisher(fisher, logits_fn, seed, draws)
     coverage = find_coverage(model, kinds, max_factor_size, weight_sharing, adapted_weights)
-    sums = Statistics({}, info={})
+    sums = Statistics()
     capture = Capture(coverage, sums)
     trainable = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable or not coverage.modules:

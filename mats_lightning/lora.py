@@ -30,7 +30,6 @@ from mats_lightning.adapter_files import (
     adapter_configs,
     adapter_key,
 )
-from mats_lightning.card import MergeCard
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import export_adapter
 from mats_lightning.lazy import Lazy
@@ -164,22 +163,16 @@ class Products(Lazy[Tensor]):
         return product.T.contiguous() if self._adapter.transposed else product
 
 
-def save_lora(
-    folder: str | os.PathLike[str],
-    lora: Lora,
-    card: MergeCard | None = None,
-    overwrite: bool = False,
-) -> Path:
+def save_lora(folder: str | os.PathLike[str], lora: Lora, overwrite: bool = False) -> Path:
     """Write the adapter as peft does: `PeftModel.from_pretrained(model, folder)` loads it.
 
-    With a card there is a README.md that says how it was merged. It is written beside its place
-    and renamed. Returns the folder. Raises FileExistsError where the folder holds something
-    (with `overwrite`: something else than a model or an adapter).
+    It is written beside its place and renamed. Returns the folder. Raises FileExistsError where
+    the folder holds something (with `overwrite`: something else than a model or an adapter).
     """
     weights = {
         adapter_key(name.removeprefix(lora.prefix)): lora.weights[name] for name in lora.weights
     }
-    return export_adapter(folder, lora.config, weights, {}, card, overwrite)
+    return export_adapter(folder, lora.config, weights, {}, None, overwrite)
 
 
 def take_form(module: nn.Module, lora: Lora) -> None:

@@ -119,10 +119,10 @@ class _Refresh:
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.device = trainer.strategy.root_device
-        self.state: State = {}  # the merged parameters, after the rounds that are done
         self.heads: dict[str, State] = {}  # that were fitted to them
         self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
+        # the merged parameters, after the rounds that are done
         self.state = self._in_modules_dtypes(module.shared_state())
         self.before = module.own_heads()  # of the merge, or fitted to it earlier
         self.how_before = module.refreshed

@@ -81,7 +81,6 @@ def describe(
     """The `info` of statistics taken of the model with these `weights`; `how` adds to it."""
     covered = [name for name, row in coverage.rows.items() if row.statistics and name in weights]
     return {
-        "fisher": "empirical",
         "loss_reduction": _name_of(loss_reduction),
         "mask": _name_of(mask),
         **how,

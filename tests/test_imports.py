@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"adapter_files", "lazy", "names"},
     "card": set(),
     "export": {"adapter_files", "card", "checkpoints", "names"},
-    "lora": {"adapter_files", "card", "checkpoints", "export", "lazy", "merging", "names"},
+    "lora": {"adapter_files", "checkpoints", "export", "lazy", "merging", "names"},
     "low_rank": {"lora", "merging", "operators", "statistics"},
     "tasks": {"adapter_files", "checkpoints", "lazy", "names", "sidecar", "statistics"},
     "products": {"adapter_files", "lora", "low_rank", "merging", "statistics", "tasks"},

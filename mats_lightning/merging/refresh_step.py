@@ -33,7 +33,7 @@ from mats_lightning.merging.models import (
     of_batch_norm,
 )
 from mats_lightning.merging.results import Block, MergeResult, OnBlock, objective_kinds
-from mats_lightning.operators import Damped, Operator, sum_of_products
+from mats_lightning.operators import Operator, sum_of_products, undamped
 from mats_lightning.statistics import Statistics
 
 OF_LOSS = ("kfac", "block_fisher", "diagonal_fisher")  # curvatures with the scale of the loss
@@ -178,9 +178,9 @@ def _match(
     name: str,
 ) -> Tensor:
     """sum s_i C_i (theta_i - theta_m), without the damping."""
-    bare = [c.operator if isinstance(c, Damped) else c for c in operators]
     return sum_of_products(
-        bare, (form.of(theta[name].detach().to(theta_m) - theta_m) for theta in thetas)
+        [undamped(c) for c in operators],
+        (form.of(theta[name].detach().to(theta_m) - theta_m) for theta in thetas),
     )
 
 

@@ -132,8 +132,10 @@ class _Refresh:
                 " merged alone pass heads=(), rounds=1"
             )
         names_with(plan.kept, list(self.state), "kept")
-        self.folder = Folder(Path(folder), asdict(plan), self.state, self._about_tasks())
-        self.rounds = self.folder.history()[: plan.rounds + 1]
+        self.folder = Folder(Path(folder))
+        self.about_tasks = self._about_tasks()
+        done = self.folder.history(asdict(plan), self.about_tasks, self.state)
+        self.rounds = done[: plan.rounds + 1]
         if plan.rounds:
             self._put([])  # says so where nothing is merged
 
@@ -177,10 +179,10 @@ class _Refresh:
             self._put(rounds)
         else:
             rounds.append(self._round_0())
-            self.folder.keep(rounds, self.state, self.heads)
+            self._keep(rounds)
         while len(rounds) <= self.plan.rounds and (rounds[-1].taken or len(rounds) == 1):
             rounds.append(self._round(len(rounds), rounds))
-            self.folder.keep(rounds, self.state, self.heads)
+            self._keep(rounds)
             self.folder.remove_sidecars(before=len(rounds) - (1 if self.plan.decay else 0))
             self._put(rounds)
             last = rounds[-1]
@@ -274,6 +276,9 @@ class _Refresh:
                 " validation rows, and a trainer without limit_val_batches=0"
             )
         return time.perf_counter() - started
+
+    def _keep(self, rounds: list[Round]) -> None:
+        self.folder.keep(asdict(self.plan), self.about_tasks, rounds, self.state, self.heads)
 
     def _put(self, rounds: list[Round]) -> None:
         if self.plan.rounds:

@@ -23,12 +23,12 @@ from torch.utils.hooks import RemovableHandle
 
 from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
-from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
+from mats_lightning.statistics.coverage import Coverage, CoveredModule
 from mats_lightning.statistics.gradients import (
     ExampleGradients,
 )
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT, Statistics
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT, KFAC, KINDS, Statistics
 from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
-from mats_lightning.merging.models import check_models, check_weights, names_with
+from mats_lightning.merging.models import Weights, check_models, check_weights, names_with
 from mats_lightning.merging.rescale import rescaled
 from mats_lightning.methods import METHODS, Method
 from mats_lightning.products import (
@@ -24,8 +23,6 @@ from mats_lightning.products import (
 )
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_same_scaling, check_tasks
-
-Weights = Mapping[str, Tensor]
 
 
 class JointMerge:

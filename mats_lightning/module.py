@@ -20,13 +20,12 @@ from mats_lightning.lora import Lora, take_form
 from mats_lightning.merge_folder import export_merge
 from mats_lightning.merged import Merged
 from mats_lightning.merging import Block, MergeResult
+from mats_lightning.merging.models import Weights
 from mats_lightning.names import plain_name
 from mats_lightning.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Weights = Mapping[str, Tensor]
 
 
 class MergeModule(TaskEvaluation):

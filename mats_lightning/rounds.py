@@ -15,12 +15,12 @@ from mats_lightning.checkpoints import load_weights
 from mats_lightning.files import write_text
 from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
-from mats_lightning.merging.models import check_range
+from mats_lightning.merging.models import Weights, check_range
 from mats_lightning.merging.results import objective_kinds
 from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX, digest
 
-Weights = Mapping[str, Tensor]
+State = dict[str, Tensor]
 LABELS = ("data", "teacher")
 
 
@@ -142,7 +142,7 @@ class Folder:
         self.path = path
 
     def history(
-        self, plan: Mapping[str, Any], tasks: Mapping[str, Any], start: Mapping[str, Tensor]
+        self, plan: Mapping[str, Any], tasks: Mapping[str, Any], start: Weights
     ) -> list[Round]:
         """The rounds that are done; none in a new folder.
 
@@ -196,7 +196,7 @@ class Folder:
         plan: Mapping[str, Any],
         tasks: Mapping[str, Any],
         rounds: list[Round],
-        state: Mapping[str, Tensor],
+        state: Weights,
         heads: Mapping[str, Weights],
     ) -> None:
         """Write the state and heads after the last of these rounds, then the record of all.
@@ -225,13 +225,13 @@ class Folder:
     def fitted_heads(self, number: int) -> Path:
         return self.path / f"heads-{number}.safetensors"
 
-    def state(self, number: int) -> dict[str, Tensor]:
+    def state(self, number: int) -> State:
         """The merged weights after this round, which was taken or is 0."""
         return dict(load_weights(self.weights(number)))
 
-    def heads(self, number: int) -> dict[str, dict[str, Tensor]]:
+    def heads(self, number: int) -> dict[str, State]:
         """task -> its fitted head after this round; none where the plan fits none."""
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, State] = {}
         if self.fitted_heads(number).exists():
             for key, tensor in load_weights(self.fitted_heads(number)).items():
                 task, _, name = key.partition("/")
@@ -256,6 +256,6 @@ def _as_kept(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _of_state(state: Mapping[str, Tensor]) -> str:
+def _of_state(state: Weights) -> str:
     text = json.dumps(digest(state), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -23,6 +23,10 @@ GRADIENT = "gradient"  # parameter -> sum_n grad_n of the loss, shape of the par
 # G of K-FAC with reduce: sum over examples of their summed g's g g^T. A, a and G of a convolution
 # with groups, or cut into blocks, have an axis of these in front.
 OF_INPUTS = (INPUT, INPUT_SUM, REDUCED, COUNTS)
+# what is asked for, where it is made of several sums
+GRAM, KFAC = "gram", "kfac"
+KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)  # of curvature
+ALL_KINDS = (*KINDS, GRADIENT)
 
 
 class View(Lazy[T]):

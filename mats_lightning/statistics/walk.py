@@ -9,10 +9,6 @@ from torch.nn.utils import parametrize
 from mats_lightning.names import plain_name
 from mats_lightning.statistics.adapters import adapter_rule
 from mats_lightning.statistics.coverage import (
-    ALL_KINDS,
-    GRAM,
-    KFAC,
-    KINDS,
     Coverage,
     CoveredModule,
     MatrixSizes,
@@ -20,7 +16,7 @@ from mats_lightning.statistics.coverage import (
     sum_dtype,
 )
 from mats_lightning.statistics.layers import RULES, Rule, leaf_rule, rule_for
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT
+from mats_lightning.statistics.record import ALL_KINDS, BLOCK, DIAGONAL, GRADIENT, GRAM, KFAC, KINDS
 
 WEIGHT_SHARING = ("expand", "reduce")
 

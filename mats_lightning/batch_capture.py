@@ -106,7 +106,7 @@ class BatchCapture:
                     sampling.generators(trainer.global_rank, trainer.current_epoch, batch_idx),
                     examples=examples,
                     masks=masks,
-                    loss_scale=None if scaler is None else scaler.get_scale(),
+                    scaler_scale=None if scaler is None else scaler.get_scale(),
                 )
             self._count(capture, before, counted, trainer.current_epoch)
             return

@@ -110,7 +110,7 @@ class Capture:
         self.statistics = statistics
         self._batch: Batch | None = None
         self._sums = Sums(coverage, statistics)
-        self._group = _sharing_groups(coverage.modules)
+        self._owner = _sharing_groups(coverage.modules)
 
     @contextmanager
     def batch(
@@ -219,7 +219,7 @@ class Capture:
                 return None
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
-                batch.calls[self._group[covered.name]] += 1
+                batch.calls[self._owner[covered.name]] += 1
             if not output.requires_grad:
                 return None
             a = given[0].detach()
@@ -262,7 +262,7 @@ class Capture:
             return  # of another loss, before the batch's own
         batch.gradients += 1
         use.g = g.detach()
-        group = self._group[use.module]
+        group = self._owner[use.module]
         batch.arrived[group].append(use)
         if batch.defer:
             batch.finite = batch.finite and bool(torch.isfinite(g).all())

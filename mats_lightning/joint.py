@@ -153,7 +153,7 @@ class JointMerge:
 
     def _merge(
         self,
-        name: str,
+        part_name: str,
         part: PartOfTasks,
         thetas: Sequence[Weights],
         start: Weights | None,
@@ -164,22 +164,26 @@ class JointMerge:
         if self.method.takes("pretrained"):
             options["pretrained"] = start
         init = options.get("init")
-        if name != SHARED and isinstance(init, Mapping) and not init.keys() & thetas[0].keys():
+        if part_name != SHARED and isinstance(init, Mapping) and not init.keys() & thetas[0].keys():
             options["init"] = "average"  # `init` is of what all tasks share
         with ExitStack() as stack:
             if self.method.takes("on_block") and progress:
-                options["on_block"] = stack.enter_context(_progress(f"{self.method.name}, {name}"))
+                options["on_block"] = stack.enter_context(
+                    _progress(f"{self.method.name}, {part_name}")
+                )
             try:
                 result = METHODS[self.method.name](thetas, **options)
             except ValueError as error:
                 order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
-                raise ValueError(f"{self.method.name} of the {name}: {error} ({order})") from error
+                raise ValueError(
+                    f"{self.method.name} of the {part_name}: {error} ({order})"
+                ) from error
         states = self.method.states(result, list(thetas[0]), options.get("statistics", []))
         if self.method.scale is not None:
             assert start is not None
             for state in states.values():
-                for name, longer in rescaled(state.state_dict, start, self.method.scale):
-                    state.state_dict[name] = longer  # one at a time: never two whole models
+                for parameter, longer in rescaled(state.state_dict, start, self.method.scale):
+                    state.state_dict[parameter] = longer  # one at a time: never two whole models
         return states
 
     def _averaged(self, names: list[str]) -> list[str]:

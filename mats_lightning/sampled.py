@@ -126,7 +126,7 @@ def capture_sampled(
     *,
     examples: int,
     masks: Masks,
-    loss_scale: float | None = None,
+    scaler_scale: float | None = None,
 ) -> bool:
     """Add a batch's statistics: for each generator a forward pass, labels, a backward pass.
 
@@ -137,19 +137,19 @@ def capture_sampled(
         examples: N, the rows of the batch.
         masks: of the positions that count. With logits (N, R, C) labels are drawn at those of the
             model's output, unless `logits_fn` gives a mask of its own.
-        loss_scale: of a gradient scaler (16-bit floats); a batch that overflows is skipped.
+        scaler_scale: of a gradient scaler (16-bit floats); a batch that overflows is skipped.
 
     Returns False when no gradient came to a covered layer: then nothing is counted. Raises
     ValueError for logits of another shape or without gradient, and for re-entrant checkpointing.
     """
     # As large as a training loss is, which a gradient scaler's scale is made for.
     divisor = float(max([examples, *(mask.numel() for mask in masks.masks.values())]))
-    scale = divisor / (loss_scale or 1.0)
+    scale = divisor / (scaler_scale or 1.0)
     counted = True
     for generator in generators:
         with (
             torch.enable_grad(),
-            capture.batch(examples, scale, masks, defer=loss_scale is not None),
+            capture.batch(examples, scale, masks, defer=scaler_scale is not None),
         ):
             logits, keep = logits_and_mask(logits_fn(model, batch), examples, masks)
             loss = sampled_loss(logits, draw_labels(logits, keep, generator)) / scale

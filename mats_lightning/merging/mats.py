@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack, overload
 from torch import Tensor
 
 from mats_lightning.merging.block_solver import BlockSolver
-from mats_lightning.merging.blocks import (
+from mats_lightning.merging.curvatures import (
     check_statistics,
     task_operators,
     uncovered_value,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.block_solver import BlockSolver
-from mats_lightning.merging.blocks import balance, covering_statistics, task_curvatures
+from mats_lightning.merging.curvatures import balance, covering_statistics, task_curvatures
 from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
 from mats_lightning.merging.models import (
     Weights,

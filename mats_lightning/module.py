@@ -131,12 +131,12 @@ class MergeModule(TaskEvaluation):
 
     def own_heads(self) -> dict[str, dict[str, Tensor]]:
         """task -> the parameters that it shares with no other; no task without any."""
-        heads = {name: self._outcome().own_head(name) for name in self.tasks}
-        return {
-            task: {name: state[name] for name in names}
-            for task, names in heads.items()
-            if names and (state := self.state_of(task))
-        }
+        heads: dict[str, dict[str, Tensor]] = {}
+        for task in self.tasks:
+            if names := self._outcome().own_head(task):
+                state = self.state_of(task)
+                heads[task] = {name: state[name] for name in names}
+        return heads
 
     def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
         """Put other values of `own_heads` in place, of the tasks that are named.

@@ -19,7 +19,7 @@ def dare(
     drop_rate: float,
     scale: float,
     *,
-    seed: int,
+    seed: int = 0,
     density: float | None = None,
     weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def dare(
 
 
 def drop_and_rescale(
-    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int
+    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int = 0
 ) -> list[Weights]:
     """theta_0 + m_i (theta_i - theta_0) / (1 - drop_rate) of each model, for any merge function.
 

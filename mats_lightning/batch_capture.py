@@ -171,7 +171,7 @@ class BatchCapture:
         return self._capture
 
     def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
-        """After a batch has been captured: what `max_examples` bounds, and the cost is of."""
+        """Count the batch's rows, for `max_examples` and the cost; note if nothing was captured."""
         if not counted:
             self._note(
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"

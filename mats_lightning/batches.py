@@ -175,8 +175,8 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
 def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
 
-    However the loader shuffles; with a sampler of some rows alone they are of these. Raises
-    ValueError for a loader that rows cannot be picked from.
+    The loader's shuffling has no influence; where its sampler gives only some rows, the choice is
+    among these. Raises ValueError for a loader that rows cannot be picked from.
     """
     known = rows_to_pick(loader)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))

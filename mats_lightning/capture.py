@@ -2,8 +2,8 @@
 
 A forward hook keeps a layer's input; a hook on the output tensor brings its gradient. As soon
 as all uses of a layer (and of those it shares a parameter with) have theirs, they are added to
-the sums and let go. The scale of the loss is undone here and only here, so that g is the
-gradient of one example's unreduced loss.
+the sums and let go. The caller says the scale of the loss; it is applied here and only here, so
+that g is the gradient of one example's unreduced loss.
 
 The first axis of a layer's input and output is taken to be the batch's examples; a layer in
 which it has another length is named, and has no statistic of single examples.
@@ -163,8 +163,11 @@ class Capture:
 
     @property
     def needed(self) -> list[Tensor]:
-        """What torch.autograd.grad must be asked for in this batch: few parameters reach every
-        layer, but the check of the first batch compares all."""
+        """What torch.autograd.grad must be asked for in this batch.
+
+        A few parameters bring the gradient to every layer (`Coverage.sources`); the check of the
+        first batch needs all.
+        """
         if self._batch is None or self._batch.check is None:
             return self.coverage.sources()
         both = [*self.coverage.sources(), *self.coverage.tensors().values()]

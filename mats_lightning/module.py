@@ -44,10 +44,10 @@ class MergeModule(TaskEvaluation):
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
             `scale`, of fisher, regmean and mats, makes the merged task vector longer or shorter
-            (`merging.rescale`). `lora_rank`, of every method but those of the diagonal or block
-            Fisher, merges LoRA adapters as their products (what they add to the weights), which
-            are made into factors of this rank by an SVD; it is weighted with the statistics, which
-            need `adapted_weights=True`, where the method takes some.
+            (`merging.rescale`). `lora_rank` merges LoRA adapters as products: what they add to the
+            weights. An SVD makes the merged products into factors of this rank. Where the method
+            takes statistics the SVD is weighted with them, and they need `adapted_weights=True`.
+            Products have no diagonal or block Fisher.
         pretrained: the model that all tasks started from (a state dict, or a path that
             `load_weights` reads); needed by pretrained, the methods of task vectors
             (task_arithmetic, ties, dare, iso_c, tsv_m), and the options scale, init="pretrained"

@@ -57,8 +57,8 @@ def refresh(
 
     Arguments:
         plan: RefreshPlan() by default, which fits heads.
-        module: merged heads stay as they are, and so do others without `plan.heads`; weights of the
-            tasks are those of the merge.
+        module: the merge. Merged heads stay as they are; without `plan.heads` all heads do. Each
+            task has the weight that it had in the merge.
         trainer: for `validate`; one device. The default is a quiet one on what there is.
         folder: where each round's weights and scores are kept (see `rounds.Folder`). An
             interrupted refresh goes on from there, in the middle of a round's statistics too.

@@ -56,8 +56,8 @@ class Task:
         head: prefixes of the parameters that belong to the task alone.
         head_group: tasks of one group started from the same head, and merge it.
         statistics: where they are not beside the checkpoint: a path, or a `Statistics`.
-        prefix: put before the names of the checkpoint, and before those of its statistics where
-            they lack it, having been taken of the model alone.
+        prefix: before the checkpoint's names; and before those of its statistics, where these were
+            taken of the model alone.
     """
 
     name: str

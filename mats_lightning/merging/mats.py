@@ -120,8 +120,9 @@ def mats(
             K-FAC is far from the true curvature, its solution can lie hundreds away and be worth
             nothing. None sets no bound, as in the paper.
         floor: the least value of a diagonal Fisher.
-        normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
-            model fits its rows too well to have much curvature counts too; the paper does not.
+        normalize: divide each C_i by its mean eigenvalue, block by block. Otherwise a task whose
+            model fits its rows very well has almost no curvature, and hardly counts. The paper
+            does not.
         fold_bias: solve for [W b] together, with the A of the inputs with a 1 behind them, where
             a weight has A and a bias; else biases are blocks of their own, or uncovered (gram).
         tolerance: a block whose relative residual is below it is done.

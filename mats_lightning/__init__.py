@@ -3,7 +3,7 @@
     training batch -> capture: a, g -> statistics: sums, counts
        -> sidecar: <checkpoint>.mats.safetensors
        -> operators: C_i -> solvers: (sum C_i) theta = sum C_i theta_i -> merging: state dict
-       -> MergeModule: trainer.test, metrics a task -> report: table, plots
+       -> MergeModule: trainer.test, metrics a task -> report: table; figures
                                                     -> export: a model that others can load
                                                     -> refresh: heads fitted, steps from there
 

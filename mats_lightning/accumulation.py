@@ -13,13 +13,15 @@ from mats_lightning.statistics import Coverage, Statistics
 
 @dataclass(eq=False)
 class Accumulation:
-    """One record of sums from epoch `first` on; or (None) one for each of the `kept` last epochs.
+    """Sums of epochs.
 
-    In each record's `info` are "epochs", those that are in it, and "skipped_batches".
+    With `first` there is one record, of all epochs from it on. Without, there is one for each of
+    the last `epochs_kept` epochs. In each record's `info` are "epochs", those that are in it, and
+    "skipped_batches".
     """
 
     coverage: Coverage
-    kept: int
+    epochs_kept: int
     first: int | None
     sums: dict[int, Statistics] = field(default_factory=dict)  # by the epoch that a record begins
     epoch: int = -1  # the latest one of which something is in the sums
@@ -32,7 +34,7 @@ class Accumulation:
             self.epoch, self.examples = epoch, 0.0
         key, start = self.first, self.first
         if key is None or start is None:
-            key, start = epoch, epoch - self.kept + 1
+            key, start = epoch, epoch - self.epochs_kept + 1
         if key not in self.sums:
             self.sums[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
             for old in [k for k, s in self.sums.items() if min(s.info["epochs"]) < start]:

@@ -40,6 +40,10 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.loss_scale is not None and not callable(self.loss_scale):
             checked_scale(self.loss_scale)
+        for name in ("every_n_batches", "max_examples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise MisconfigurationException(f"{name}={number}; it must be 1 or more")
 
     @property
     def scale_is_known(self) -> bool:
@@ -102,7 +106,7 @@ class BatchCapture:
                     sampling.generators(trainer.global_rank, trainer.current_epoch, batch_idx),
                     examples=examples,
                     masks=masks,
-                    loss_scale=None if scaler is None else scaler.get_scale(),
+                    scaler_scale=None if scaler is None else scaler.get_scale(),
                 )
             self._count(capture, before, counted, trainer.current_epoch)
             return
@@ -174,7 +178,7 @@ class BatchCapture:
         return self._capture
 
     def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
-        """After a batch has been captured: what `max_examples` bounds, and the cost is of."""
+        """Count the batch's rows, for `max_examples` and the cost; note if nothing was captured."""
         if not counted:
             self._note(
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"

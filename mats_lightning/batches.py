@@ -92,7 +92,7 @@ def encoder_decoder_masks(batch: Any) -> dict[str, Tensor]:
     values of its cross-attention come from the encoder, and have the encoder's.
     """
     encoder, decoder = attention_mask(batch), _mask_named("decoder_attention_mask", batch)
-    labels = batch.get("labels") if hasattr(batch, "get") else None
+    labels = _column(batch, "labels")
     if decoder is None and isinstance(labels, Tensor) and labels.ndim == 2:
         decoder = labels != -100
     masks = {}
@@ -121,8 +121,13 @@ def default_masks(model: nn.Module) -> MaskFn:
     return attention_mask
 
 
+def _column(batch: Any, name: str) -> Any:
+    """Of a batch that is a mapping, if it has it."""
+    return batch.get(name) if hasattr(batch, "get") else None
+
+
 def _mask_named(name: str, batch: Any) -> Tensor | None:
-    mask = batch.get(name) if hasattr(batch, "get") else None
+    mask = _column(batch, name)
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
@@ -139,7 +144,7 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
         return float(examples)
     if reduction == "sum":
         return 1.0
-    labels = batch.get("labels") if hasattr(batch, "get") else None
+    labels = _column(batch, "labels")
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"loss_reduction={reduction!r} counts the labels that are not -100 in"
@@ -182,8 +187,8 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
 def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
 
-    However the loader shuffles; with a sampler of some rows alone they are of these. Raises
-    ValueError for a loader that rows cannot be picked from.
+    The loader's shuffling has no influence; where its sampler gives only some rows, the choice is
+    among these. Raises ValueError for a loader that rows cannot be picked from.
     """
     known = rows_to_pick(loader)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))

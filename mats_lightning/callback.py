@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import override
 
@@ -34,7 +34,7 @@ from mats_lightning.sampled import (
 )
 from mats_lightning.saving import follow_checkpoints
 from mats_lightning.sidecar import describe, digest, name_of
-from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.statistics import KINDS, Statistics, check_kinds, find_coverage
 from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.training import (
     averaging_callback,
@@ -141,27 +141,21 @@ class MaTSStatsCallback(Callback):
         sidecar: Literal["all", "last"] = "all",
         factor_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
-        for name, number in (
-            ("last_n_epochs", last_n_epochs),
-            ("every_n_batches", every_n_batches),
-            ("max_examples", max_examples),
-        ):
-            if number is not None and number < 1:
-                raise MisconfigurationException(f"{name}={number}; it must be 1 or more")
+        if last_n_epochs < 1:
+            raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
         if sidecar not in ("all", "last"):
             raise MisconfigurationException(f"sidecar={sidecar!r}; choose from 'all', 'last'")
         if factor_dtype not in FACTOR_DTYPES:
             raise MisconfigurationException(
                 f"factor_dtype={factor_dtype!r}; choose from 'float32', 'bfloat16', None"
             )
-        kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-        if GRADIENT in kinds:
+        if GRADIENT in (statistics, *statistics):
             raise MisconfigurationException(
                 "the gradient is that of fixed weights, and here they train: take it afterwards,"
                 ' with collect_statistics(..., statistics=("kfac", "gradient"))'
             )
         try:
-            find_coverage(nn.Module(), kinds, max_factor_size, weight_sharing)
+            kinds = check_kinds(statistics, weight_sharing)
             check_loss_reduction(loss_reduction)
             sampling = choose_fisher(fisher, logits_fn, seed, draws)
         except ValueError as error:
@@ -185,7 +179,7 @@ class MaTSStatsCallback(Callback):
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]
         self._fit: Accumulation | None = None  # from on_fit_start on
         self._batches: BatchCapture | None = None  # likewise
-        self._masks: MaskFn = default_masks(nn.Module())  # of the model, likewise
+        self._masks: MaskFn  # likewise
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
         self._training: list[bool] = []  # which parameters train
         self._ended: dict[str, str] | None = None  # digest of the weights when the fit ended

@@ -1,94 +1,31 @@
 """Hooks on the covered layers: (input a, output gradient g) of each, turned into sums.
 
-A forward hook keeps a layer's input; a hook on the output tensor brings its gradient. As soon
-as all uses of a layer (and of those it shares a parameter with) have theirs, they are added to
-the sums and let go. The scale of the loss is undone here and only here, so that g is the
-gradient of one example's unreduced loss.
+A forward hook keeps a layer's input; a hook on the output tensor brings its gradient, and both go
+to the batch's sums (`BatchSums`). The caller says the scale of the loss; it is applied there and
+only there, so that g is the gradient of one example's unreduced loss.
 
 The first axis of a layer's input and output is taken to be the batch's examples; a layer in
 which it has another length is named, and has no statistic of single examples.
 """
 
 import sys
-import weakref
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mats_lightning.axes import FirstAxis
+from mats_lightning.batch_sums import BatchSums, Use, sharing_groups
 from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
-from mats_lightning.statistics.coverage import KFAC, KINDS, Coverage, CoveredModule
-from mats_lightning.statistics.gradients import (
-    ExampleGradients,
-)
+from mats_lightning.statistics.coverage import Coverage, CoveredModule
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT, Statistics
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, KFAC, Statistics
 from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
-
-
-@dataclass(eq=False)
-class Input:
-    """A tensor that one layer was given, or several, each of them once."""
-
-    a: Tensor
-    readers: set[str] = field(default_factory=set)  # the layers with an A that were given it
-    arrived: set[str] = field(default_factory=set)  # those of them whose gradient came back
-    added: bool = False  # to their A
-
-    def __post_init__(self) -> None:
-        self.version = self.a._version
-
-    @property
-    def changed(self) -> bool:
-        """Whether it was written to since the layers read it."""
-        return self.a._version != self.version
-
-
-@dataclass(eq=False)
-class Use:
-    """One call of a layer in the forward pass, and the gradient that came back to it."""
-
-    module: str
-    input: Input | None  # let go when it has been added
-    g: Tensor | None = None
-
-
-@dataclass
-class Batch:
-    """What is known of the batch being captured."""
-
-    examples: int
-    scale: float  # gradient of one example's loss / gradient that autograd brings
-    masks: Masks  # which positions count
-    defer: bool  # keep everything until the backward pass ends: an overflow may void it
-    backward: bool = False  # the backward pass of the batch's loss has begun
-    calls: Counter[str] = field(default_factory=Counter)  # group -> forward calls before it
-    arrived: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    waiting: dict[Input, None] = field(default_factory=dict)  # some readers have no gradient yet
-    seen: dict[tuple[Any, ...], "weakref.ref[Input]"] = field(default_factory=dict)
-    gradients: int = 0
-    finite: bool = True
-    finished: bool = False
-    check: GradientCheck | None = None  # of parameters that have not been checked yet
-
-
-def _sharing_groups(modules: Mapping[str, CoveredModule]) -> dict[str, str]:
-    """module -> group; modules that share a parameter are added together, so are one group."""
-    group = {name: name for name in modules}
-    first: dict[str, str] = {}
-    for name, covered in modules.items():
-        for parameter in covered.parameters.values():
-            here, there = group[name], group[first.setdefault(parameter, name)]
-            if here != there:
-                group = {m: there if g == here else g for m, g in group.items()}
-    return group
 
 
 class Capture:
@@ -110,13 +47,13 @@ class Capture:
         self.coverage = coverage
         self.statistics = statistics
         self.interrupted = False  # a backward pass has not ended: a part of its batch is added
-        self._batch: Batch | None = None
+        self._batch: BatchSums | None = None
         self._sums = Sums(coverage, statistics)
-        self._group = _sharing_groups(coverage.modules)
+        self._owner = sharing_groups(coverage.modules)
+        self._first_axis = FirstAxis()
         # parameters whose gradient has not been compared with autograd's, or was 0
         self._unchecked = {} if statistics.examples else coverage.tensors()
         self._largest = 0.0  # norm of the gradients that have been
-        self._positions: dict[str, int] = {}  # lookups that read a range: its first id
 
     @contextmanager
     def batch(
@@ -133,7 +70,7 @@ class Capture:
         `defer` holds all inputs and gradients until `finish`, which throws the batch away when
         one is not finite (needed with a gradient scaler).
         """
-        self._batch = Batch(examples, scale, Masks.of(masks), defer)
+        self._batch = BatchSums(self._sums, self._owner, examples, scale, Masks.of(masks), defer)
         handles: list[RemovableHandle] = []
         if self._unchecked:
             self._batch.check = GradientCheck(self._unchecked, self._largest)
@@ -150,8 +87,7 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-            unfinished = self._batch.gradients and not self._batch.finished
-            self.interrupted |= bool(unfinished) and not defer
+            self.interrupted |= self._batch.interrupted
             self._batch = None
 
     def start_backward(self) -> None:
@@ -171,8 +107,11 @@ class Capture:
 
     @property
     def needed(self) -> list[Tensor]:
-        """What torch.autograd.grad must be asked for in this batch: a few parameters bring the
-        gradient to every layer (`Coverage.sources`), and some are still to be checked."""
+        """What torch.autograd.grad must be asked for in this batch.
+
+        A few parameters bring the gradient to every layer (`Coverage.sources`), and some are still
+        to be checked.
+        """
         if self._batch is None or self._batch.check is None:
             return self.coverage.sources()
         both = [*self.coverage.sources(), *self._unchecked.values()]
@@ -189,20 +128,9 @@ class Capture:
         Returns False when no gradient came to a covered layer: nothing is added or counted.
         """
         batch = self._batch
-        if batch is None or not batch.gradients:
+        if batch is None or not batch.finish():
             return False
-        batch.finished = True
-        if not batch.finite:
-            self.statistics.info["skipped_batches"] = self.skipped_batches + 1
-            return True
-        for group in list(batch.arrived):
-            self._add_group(batch, group)
-        for given in list(batch.waiting):  # an output of a reader was not used
-            self._add_input(batch, given)
-        self.statistics.examples += batch.examples
-        if batch.check is not None:
-            why = "the model uses it without calling its layer, too"
-            self._sums.drop(batch.check.differing(batch.scale), KINDS, why)
+        if batch.check is not None and batch.finite:
             self._largest = batch.check.largest(batch.scale)
             for name in batch.check.compared():
                 del self._unchecked[name]
@@ -227,23 +155,23 @@ class Capture:
             alone = len(everything) == 1 or covered.rule.gradients is not leaf
             if len(given) != 1 or not alone or not isinstance(output, Tensor):
                 why = f"{covered.name} is not called with one tensor, or does not give one"
-                self._sums.drop(self._sums.rows(covered.name), KINDS, why)
+                batch.drop(covered.name, why)
                 return None
-            if why := self._not_of_examples(covered, given[0], batch.examples):
-                self._sums.drop(self._sums.rows(covered.name), KINDS, why)
+            if why := self._first_axis.why_not(covered, given[0], batch.examples):
+                batch.drop(covered.name, why)
                 return None
             if not output.numel():
                 return None  # an expert that no row was sent to
             if not batch.backward:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
-                batch.calls[self._group[covered.name]] += 1
+                batch.calls[self._owner[covered.name]] += 1
             if not output.requires_grad:
                 return None
             if isinstance(given[0], nn.Parameter):
                 why = f"{covered.name} reads a parameter, which all examples of a batch share"
-                self._sums.drop(self._sums.rows(covered.name), (DIAGONAL, BLOCK, KFAC), why)
+                batch.drop(covered.name, why, (DIAGONAL, BLOCK, KFAC))
             a = given[0].detach()
-            use = Use(covered.name, self._input(batch, covered, a))
+            use = Use(covered.name, batch.input_of(covered, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
                 examples = ExamplesGradient(batch.examples)
                 output.register_hook(
@@ -257,145 +185,15 @@ class Capture:
 
         return hook
 
-    def _not_of_examples(self, covered: CoveredModule, a: Tensor, examples: int) -> str:
-        """Why the first axis of an input is not the batch's examples, where that can be seen."""
-        if a.is_nested:
-            return f"{covered.name} is given a nested tensor"
-        least = 1 if covered.rule.lookup or covered.rule.gradients is leaf else 2
-        if a.ndim < least:
-            return f"{covered.name} is given a tensor of shape {tuple(a.shape)}, without examples"
-        if covered.rule.lookup and len(a) == examples > 1:  # or else its gradient shows it
-            first = self._positions.get(covered.name)
-            if relative_positions(a) or (first is not None and is_range(a) and int(a[0]) == first):
-                return f"{covered.name} looks up positions, which all examples of a batch share"
-            if first is None:
-                self._positions[covered.name] = int(a[0]) if is_range(a) else NO_RANGE
-        return ""
-
-    def _input(self, batch: Batch, covered: CoveredModule, a: Tensor) -> Input:
-        """A layer that is given the same tensor as others joins them, unless it has already."""
-        name, factors = covered.name, covered.rule.factors
-        alone = "" if factors is not None and factors.shared else name
-        key = (alone, a.data_ptr(), a.shape, a.stride(), a.dtype, a._version)
-        given = batch.seen.get(key, lambda: None)()
-        if given is None or given.added or name in given.readers:
-            given = Input(a)
-            batch.seen[key] = weakref.ref(given)
-        if name in self.statistics.inputs:
-            given.readers.add(name)
-        return given
-
-    def _gradient_hook(self, batch: Batch, use: Use, g: Tensor) -> None:
+    def _gradient_hook(self, batch: BatchSums, use: Use, g: Tensor) -> None:
         if batch is not self._batch:
             return
         again = use.g is not None or use.input is None
         if again or (g.requires_grad and not batch.backward):
             why = f"the loss has a gradient in it that was taken through {use.module}"
-            self._sums.drop(self._sums.rows(use.module), KINDS, why)
-            return
-        if not batch.backward:
-            return  # of another loss, before the batch's own
-        batch.gradients += 1
-        use.g = g.detach()
-        group = self._group[use.module]
-        batch.arrived[group].append(use)
-        if batch.defer:
-            batch.finite = batch.finite and bool(torch.isfinite(g).all())
-        elif len(batch.arrived[group]) == batch.calls[group]:
-            self._add_group(batch, group)
-
-    # -- sums --------------------------------------------------------------------------------
-
-    def _add_group(self, batch: Batch, group: str) -> None:
-        uses = batch.arrived.pop(group)
-        assert uses[0].g is not None
-        with _plain_arithmetic(uses[0].g):
-            gradients: dict[str, list[ExampleGradients]] = defaultdict(list)
-            for use in uses:
-                self._add_use(batch, use, gradients)
-                use.input = use.g = None
-            for parameter, parts in gradients.items():
-                if batch.check is not None and batch.check.watches([parameter]):
-                    batch.check.add(parameter, parts, self._sums.zeros(parameter, parts[0].device))
-                self._sums.add_gradients(parameter, parts)
-
-    def _add_use(
-        self, batch: Batch, use: Use, gradients: dict[str, list[ExampleGradients]]
-    ) -> None:
-        assert use.g is not None and use.input is not None
-        covered, rows = self.coverage.modules[use.module], self._sums.rows(use.module)
-        if use.input.changed:  # autograd keeps a copy of its own under autocast, so does not mind
-            weights = [row for row in rows if row != covered.parameters.get("bias")]
-            self._sums.drop(
-                weights, KINDS, f"the input of {use.module} was changed in place after it"
-            )
-        if use.g.shape[0] != batch.examples:
-            once = use.g.ndim > 2 and use.g.shape[0] == 1  # for all examples, and g is their sum
-            self._sums.drop(
-                rows,
-                (DIAGONAL, BLOCK, KFAC) if self.coverage.reduce or once else (DIAGONAL, BLOCK),
-                f"the output of {use.module} has {use.g.shape[0]} rows for {batch.examples}"
-                " examples, so an example's gradient cannot be told apart",
-            )
-            if batch.check is not None:
-                batch.check.skip(rows)
-        kinds = {kind for row in rows for kind in self.coverage.rows[row].statistics}
-        if not kinds - {GRADIENT}:
-            return
-        dtype = self.coverage.dtypes[rows[0]]
-        g = use.g.to(dtype) * batch.scale
-        if KFAC in kinds:
-            self._sums.add_output(use.module, g, batch.masks.of_module)
-        if use.module in use.input.readers:
-            use.input.arrived.add(use.module)
-            if use.input.arrived == use.input.readers:
-                self._add_input(batch, use.input)
-            else:
-                batch.waiting[use.input] = None
-        checked = batch.check is not None and batch.check.watches(rows)
-        if g.shape[0] != batch.examples or not (checked or kinds & {DIAGONAL, BLOCK}):
-            return
-        a = use.input.a
-        a = a.to(dtype) if a.is_floating_point() else a
-        try:
-            found = covered.rule.gradients(covered.module, a, g)
-        except Exception as error:  # whatever its own forward raises for a single example
-            if covered.rule.gradients is not leaf:
-                raise
-            first = str(error).strip().partition("\n")[0]
-            self._sums.drop(
-                rows, KINDS, f"autograd of {use.module} for each example fails: {first}"
-            )
-            return
-        for local, gradient in found.items():
-            parameter = covered.parameters.get(local)
-            if parameter and self.coverage.rows[parameter].statistics:
-                gradients[parameter].append(gradient)
-        if batch.check is not None:
-            batch.check.computed_in(use.g.dtype)
-
-    def _add_input(self, batch: Batch, given: Input) -> None:
-        """For the layers whose gradients came back."""
-        given.added = True
-        batch.waiting.pop(given, None)
-        with _plain_arithmetic(given.a):
-            for readers in batch.masks.alike(given.arrived):
-                masks = batch.masks.of_module
-                self._sums.add_input(readers, given.a, batch.examples, masks)
-
-
-NO_RANGE = -1
-
-
-def is_range(ids: Tensor) -> bool:
-    """Whether they count up from the first one, as torch.arange does."""
-    return ids.ndim == 1 and bool((ids[1:] - ids[:-1] == 1).all())
-
-
-def relative_positions(ids: Tensor) -> bool:
-    """Whether ids (R, R) depend on the difference of row and column alone."""
-    square = ids.ndim == 2 and ids.shape[0] == ids.shape[1] > 2
-    return square and torch.equal(ids[1:, 1:], ids[:-1, :-1]) and not torch.equal(ids[0], ids[1])
+            batch.drop(use.module, why)
+        elif batch.backward:  # or else it is of another loss, before the batch's own
+            batch.add(use, g)
 
 
 @contextmanager
@@ -405,11 +203,4 @@ def _uncompiled() -> Iterator[None]:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _plain_arithmetic(like: Tensor) -> Iterator[None]:
-    """No graph, and no autocast: it would multiply in 16 bits."""
-    with torch.no_grad(), torch.autocast(device_type=like.device.type, enabled=False):
         yield

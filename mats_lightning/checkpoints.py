@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mats_lightning.adapter_files import (
+    ADAPTER,
+    MODEL_FILES,
+    adapter_config,
+    is_adapter,
+    names_in_model,
+)
+from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_NAME = "default"  # under which peft loads an adapter that is given no other name
-# attribute of peft's configuration inside of a module: what it was before a merge changed it
-AS_BUILT = "as_built"
+SINGLE, INDEX = MODEL_FILES
+SHOWN = 8  # names in an error
 
 
 def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str, Tensor]:
@@ -56,7 +59,7 @@ def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str,
     path = Path(path)
     if is_adapter(path):
         folder = path if path.is_dir() else path.parent
-        rename = _adapter_names(adapter_config(folder))
+        rename = names_in_model(adapter_config(folder))
         return SafetensorsWeights([folder / ADAPTER], prefix, path, rename)
     if path.is_dir():
         files = _model_files(path)
@@ -81,7 +84,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     save_file(own, file, metadata={"format": "pt"})
 
 
-class SafetensorsWeights(Mapping[str, Tensor]):
+class SafetensorsWeights(Lazy[Tensor]):
     """The tensors of one or more safetensors files, by plain name.
 
     Holds names and paths, no open file and no tensor, so it can be copied and pickled.
@@ -104,6 +107,7 @@ class SafetensorsWeights(Mapping[str, Tensor]):
                     )
                 home[key] = file
         names = _plain_names(home, prefix, source, rename)
+        super().__init__(names)
         self._stored = {name: (home[key], key) for name, key in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -111,77 +115,6 @@ class SafetensorsWeights(Mapping[str, Tensor]):
         with safe_open(file, framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(key)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-
-def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether peft's adapter is there, by the folder or its file of weights."""
-    path = Path(path)
-    if path.is_dir():
-        whole = any((path / name).is_file() for name in (SINGLE, INDEX))  # a model, saved with it
-        return (path / ADAPTER).is_file() and not whole
-    return path.name == ADAPTER and path.is_file()
-
-
-def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """peft's configuration of the adapter, by its folder or its file of weights.
-
-    Raises FileNotFoundError or ValueError without one.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {ADAPTER_CONFIG} beside {folder / ADAPTER}: it says what kind of adapter this is."
-            " Copy it as well, or save the adapter again with PeftModel.save_pretrained"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy it again") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "IA3"):
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise ValueError(f"{path} is of an adapter of kind {kind}: LORA and IA3 are read")
-    return config
-
-
-def _adapter_names(config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Name in the file -> name in a PeftModel: peft leaves the adapter's own name out there."""
-    saved = config.get("modules_to_save") or []
-
-    def name(key: str) -> str:
-        parts = plain_name(key).split(".")
-        for i, part in enumerate(parts, start=1):
-            if part.startswith(("lora_", "ia3_")):
-                return ".".join([*parts[:i], ADAPTER_NAME, *parts[i:]])
-            if any(".".join(parts[:i]).endswith(target) for target in saved):
-                return ".".join([*parts[:i], "modules_to_save", ADAPTER_NAME, *parts[i:]])
-        return plain_name(key)
-
-    return name
-
-
-def adapter_key(name: str) -> str:
-    """The name in peft's file of a parameter of a PeftModel, where the adapter's own is left out.
-
-    "....query.lora_A.default.weight" -> "....query.lora_A.weight"
-    """
-    parts = plain_name(name).split(".")
-    for i in [i for i, part in enumerate(parts) if part == ADAPTER_NAME and i]:
-        if parts[i - 1] == "modules_to_save":
-            return ".".join([*parts[: i - 1], *parts[i + 1 :]])
-        if parts[i - 1].startswith(("lora_", "ia3_")):
-            return ".".join([*parts[:i], *parts[i + 1 :]])
-    return name
 
 
 def _plain_names(
@@ -296,9 +229,9 @@ def _what_is_in(folder: Path) -> str:
     return f"{folder} holds: {_shorten(sorted(entry.name for entry in folder.iterdir()))}."
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
-    if len(names) > limit:
-        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+def _shorten(names: list[str]) -> str:
+    if len(names) > SHOWN:
+        return f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
     return ", ".join(names) or "nothing"
 
 

@@ -32,7 +32,7 @@ from mats_lightning.sampled import (
     go_back,
 )
 from mats_lightning.sidecar import describe
-from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.statistics import KINDS, Statistics, check_kinds, find_coverage
 from mats_lightning.statistics.record import GRADIENT
 
 
@@ -91,7 +91,7 @@ def collect_statistics(
     Raises ValueError for choices that do not exist or do not go together, a loss or logits
     without gradient, a loss that is not finite, a batch that no covered layer sees, or no batches.
     """
-    kinds = [statistics] if isinstance(statistics, str) else list(statistics)
+    kinds = check_kinds(statistics, weight_sharing)
     of_loss = GRADIENT in kinds or fisher != "sampled"  # whether the loss is computed at all
     if not of_loss and (loss_fn is not None or loss_reduction is not None):
         raise ValueError(
@@ -105,7 +105,7 @@ def collect_statistics(
         logits_fn = logits_fn or huggingface.logits_of
     sampling = choose_fisher(fisher, logits_fn, seed, draws)
     coverage = find_coverage(model, kinds, max_factor_size, weight_sharing, adapted_weights)
-    sums = Statistics({}, info={})
+    sums = Statistics()
     capture = Capture(coverage, sums)
     trainable = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable or not coverage.modules:
@@ -170,7 +170,7 @@ def collect_statistics(
         loss_reduction="sum" if sampling else reduction,
         mask=mask,
         mode="eval",
-        kinds=kinds,
+        kinds=list(kinds),
         epochs=[],
         skipped_batches=0,
         notes=[],

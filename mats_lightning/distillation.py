@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mats_lightning.batches import Masks, default_masks
-from mats_lightning.sampled import LogitsFn
+from mats_lightning.passes import evaluating
+from mats_lightning.sampled import LogitsFn, logits_and_mask
 
 
 def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module, Any], Tensor]:
@@ -25,34 +26,20 @@ def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module
             count that collect_statistics draws labels at: those of the batch's mask (a Hugging
             Face batch's attention mask), unless it gives (logits, mask (N, R)).
 
-    The loss raises ValueError where the two do not give logits of one shape, and for a mask of
-    another.
+    The loss raises ValueError where the two do not give logits of one shape, for a mask of
+    another, and for logits of the model without gradient.
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        training = [module for module in teacher.modules() if module.training]
-        teacher.eval()
-        try:
-            with torch.no_grad():
-                given = logits_fn(teacher, batch)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(teacher), torch.no_grad():
+            given = logits_fn(teacher, batch)
         target = given[0] if isinstance(given, tuple) else given
-        found = logits_fn(model, batch)
-        logits, keep = found if isinstance(found, tuple) else (found, None)
+        masks = Masks.of(default_masks(model)(batch))
+        logits, keep = logits_and_mask(logits_fn(model, batch), len(target), masks)
         if logits.shape != target.shape:
             raise ValueError(
                 f"the teacher gives logits {tuple(target.shape)} and the model"
                 f" {tuple(logits.shape)} for one batch: the teacher must be of the same task"
-            )
-        if keep is None and logits.ndim == 3:
-            keep = Masks.of(default_masks(model)(batch)).of_output(logits.shape[:-1])
-        if keep is not None and keep.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"the logits have shape {tuple(logits.shape)} and the mask {tuple(keep.shape)}: let"
-                f" logits_fn give (logits, mask) with a mask {tuple(logits.shape[:-1])}, true"
-                " where a position counts"
             )
         wide = torch.promote_types(logits.dtype, torch.float32)
         likely = target.to(wide).flatten(0, -2).softmax(-1)
@@ -60,7 +47,7 @@ def soft_targets(teacher: nn.Module, logits_fn: LogitsFn) -> Callable[[nn.Module
         # a class with logits of -inf, which cannot occur, costs nothing
         losses = (likely * surprise.masked_fill(likely == 0, 0)).sum(-1)
         if keep is not None:
-            losses = losses[keep.flatten().bool()]
+            losses = losses[keep.flatten()]
         return losses.sum() / len(logits)
 
     return loss

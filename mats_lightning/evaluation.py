@@ -13,6 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from mats_lightning.passes import call_step
+from mats_lightning.report import relative
 from mats_lightning.tasks import Task
 
 # hooks of a task's module that would run in its own test or validation, and do not in ours
@@ -179,5 +180,5 @@ class TaskEvaluation(pl.LightningModule):
         self.scores = scores
         self.log("average", sum(scores.values()) / len(scores))
         if self._individual is not None:
-            quotients = [score / self._individual[name] for name, score in scores.items()]
-            self.log("relative", sum(quotients) / len(quotients))
+            individual = {name: self._individual[name] for name in scores}
+            self.log("relative", relative(scores, individual))

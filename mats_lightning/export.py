@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from mats_lightning.adapter_files import ADAPTER, ADAPTER_CONFIG
 from mats_lightning.card import MergeCard, merge_card
-from mats_lightning.checkpoints import ADAPTER, ADAPTER_CONFIG, save_weights
+from mats_lightning.checkpoints import save_weights
 from mats_lightning.names import plain_name
 
 if TYPE_CHECKING:

@@ -75,7 +75,9 @@ def fit_head(
         raise ValueError(f"iterations={iterations}: numbers from 1 on are needed")
     names = set(head)
     parameters = {plain_name(n): p for n, p in module.named_parameters() if plain_name(n) in names}
-    if missing := sorted(names - {*parameters}) or (not names and ["head=()"]):
+    if not names:
+        raise ValueError(f"head is empty: name the parameters of {type(module).__name__} to fit")
+    if missing := sorted(names - {*parameters}):
         raise ValueError(f"{missing[0]}: no parameter of {type(module).__name__} to fit as a head")
     if half := [name for name, p in parameters.items() if p.dtype == torch.float16]:
         raise ValueError(

@@ -1,7 +1,5 @@
 """JointMerge: tasks and a method in; what is merged together; `Merged` out."""
 
-import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,21 +7,12 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
-from mats_lightning import merging
 from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
-from mats_lightning.merging.blocks import covering_statistics
-from mats_lightning.merging.fisher import STATISTICS as OF_FISHER
-from mats_lightning.merging.models import (
-    check_models,
-    check_weights,
-    names_with,
-    of_batch_norm,
-)
-from mats_lightning.merging.regmean import STATISTICS as OF_REGMEAN
+from mats_lightning.merging.models import Weights, check_models, check_weights, names_with
 from mats_lightning.merging.rescale import rescaled
+from mats_lightning.methods import METHODS, Method
 from mats_lightning.products import (
     Refactored,
     factors_of,
@@ -34,25 +23,6 @@ from mats_lightning.products import (
 )
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_same_scaling, check_tasks
-
-Weights = Mapping[str, Tensor]
-METHODS: dict[str, Callable[..., Any]] = {
-    "average": merging.average,
-    "task_arithmetic": merging.task_arithmetic,
-    "ties": merging.ties,
-    "dare": merging.dare,
-    "iso_c": merging.iso_c,
-    "tsv_m": merging.tsv_m,
-    "fisher": merging.fisher,
-    "regmean": merging.regmean,
-    "mats": merging.mats,
-}
-OF_CURVATURE = ("fisher", "regmean", "mats")  # have no scale of their own
-OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare", "iso_c", "tsv_m")  # need the start
-# what a method without a choice of its own takes
-STATISTICS = {"fisher": OF_FISHER, "regmean": OF_REGMEAN}
-# rows of a comparison that merge nothing: each task's own model; the start under its head
-REFERENCES = ("individual", "pretrained")
 
 
 class JointMerge:
@@ -72,19 +42,19 @@ class JointMerge:
     ) -> None:
         check_tasks(tasks)
         self.tasks = {task.name: task for task in tasks}
-        self.method = method
-        self.options = dict(options)
+        rest = dict(options)
+        self.weights = _weights_of(rest.pop("weights", None), list(self.tasks))
+        self.method = Method.of(method, rest)
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
         self._pretrained = pretrained
         self._pretrained_heads = pretrained_heads
-        self.weights = self._task_weights()
-        self.lora_rank: int | None = None  # that merged products get as factors
-        self.scale: float | None = None  # of the merged task vector
-        if method in METHODS:
-            self.lora_rank = self.options.pop("lora_rank", None)
-        if method in OF_CURVATURE:
-            self.scale = self.options.pop("scale", None)
-        self._check_arguments()
+        chosen = self.method
+        if chosen.lora_rank is None and chosen.needs_start and pretrained is None:
+            given = {**chosen.options, **({} if chosen.scale is None else {"scale": chosen.scale})}
+            raise ValueError(
+                f"method '{method}' with {given} needs the model that the tasks"
+                " started from: pass pretrained=<state dict or path>"
+            )
 
     def run(self, device: torch.device | str = "cpu", progress: bool = True) -> Merged:
         """Merge.
@@ -98,28 +68,28 @@ class JointMerge:
         states: dict[str, dict[int, MergeResult]] = {}
         products: dict[int, Refactored] = {}
         unmerged: Weights | None = None
-        if self.method == "pretrained":
+        if self.method.name == "pretrained":
             unmerged, start = self._pretrained, self._start_of(SHARED, device)
             for task in self.tasks.values():
                 shared = [name for name in task.weights if not task.owns(name)]
                 check_models([Part(task.weights, shared, device)], start)
-        elif self.method != "individual":
-            if self.lora_rank is None:
+        elif self.method.merges:
+            if self.method.lora_rank is None:
                 check_same_scaling(list(self.tasks.values()))
             for name, part in parts.items():
                 self._check_same_names(name, part)
-                if name == SHARED and self.lora_rank is not None:
+                if name == SHARED and self.method.lora_rank is not None:
                     states[name], products = self._merge_products(part, device, progress)
                 else:
                     states[name] = self._merge_part(name, part, device, progress)
         return Merged(
-            self.method,
+            self.method.name,
             self.tasks,
             parts,
             states,
-            self._counts,
+            self.method.counts,
             products,
-            lora_rank=self.lora_rank,
+            lora_rank=self.method.lora_rank,
             unmerged=unmerged,
         )
 
@@ -163,18 +133,19 @@ class JointMerge:
         thetas = product_models(adapters, device)
         options, start = self._options_of(part.tasks, list(thetas[0])), product_start(thetas[0])
         states = self._merge(SHARED, part, thetas, start, options, progress)
-        assert self.lora_rank is not None
+        assert self.method.lora_rank is not None
         return refactored(
-            states, self.lora_rank, adapters, options.get("statistics", []), options["weights"]
+            states,
+            self.method.lora_rank,
+            adapters,
+            options.get("statistics", []),
+            options["weights"],
         )
-
-    def _takes(self, argument: str) -> bool:
-        return argument in inspect.signature(METHODS[self.method]).parameters
 
     def _options_of(self, members: list[str], names: list[str]) -> dict[str, Any]:
         """Arguments of the merge function, for these tasks and parameters."""
-        options = {**self.options, "weights": [self.weights[name] for name in members]}
-        if self._takes("statistics"):
+        options = {**self.method.options, "weights": [self.weights[name] for name in members]}
+        if self.method.takes("statistics"):
             options["statistics"] = [self._statistics(member, names) for member in members]
         if "averaged" in options:
             options["averaged"] = self._averaged(names)
@@ -182,7 +153,7 @@ class JointMerge:
 
     def _merge(
         self,
-        name: str,
+        part_name: str,
         part: PartOfTasks,
         thetas: Sequence[Weights],
         start: Weights | None,
@@ -190,50 +161,38 @@ class JointMerge:
         progress: bool,
     ) -> dict[int, MergeResult]:
         """The states by iteration count, as long as they are to be."""
-        if self._takes("pretrained"):
+        if self.method.takes("pretrained"):
             options["pretrained"] = start
         init = options.get("init")
-        if name != SHARED and isinstance(init, Mapping) and not init.keys() & thetas[0].keys():
+        if part_name != SHARED and isinstance(init, Mapping) and not init.keys() & thetas[0].keys():
             options["init"] = "average"  # `init` is of what all tasks share
         with ExitStack() as stack:
-            if self._takes("on_block") and progress:
-                options["on_block"] = stack.enter_context(_progress(f"{self.method}, {name}"))
+            if self.method.takes("on_block") and progress:
+                options["on_block"] = stack.enter_context(
+                    _progress(f"{self.method.name}, {part_name}")
+                )
             try:
-                result = METHODS[self.method](thetas, **options)
+                result = METHODS[self.method.name](thetas, **options)
             except ValueError as error:
                 order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
-                raise ValueError(f"{self.method} of the {name}: {error} ({order})") from error
-        states = self._states(result, list(thetas[0]), options.get("statistics", []))
-        if self.scale is not None:
+                raise ValueError(
+                    f"{self.method.name} of the {part_name}: {error} ({order})"
+                ) from error
+        states = self.method.states(result, list(thetas[0]), options.get("statistics", []))
+        if self.method.scale is not None:
             assert start is not None
             for state in states.values():
-                for name, longer in rescaled(state.state_dict, start, self.scale):
-                    state.state_dict[name] = longer  # one at a time: never two whole models
+                for parameter, longer in rescaled(state.state_dict, start, self.method.scale):
+                    state.state_dict[parameter] = longer  # one at a time: never two whole models
         return states
-
-    def _states(
-        self, result: Any, names: list[str], statistics: list[Statistics]
-    ) -> dict[int, MergeResult]:
-        """What a merge function returned, by iteration count."""
-        if isinstance(result, MergeResult):
-            return {self._counts[0]: result}
-        if self.method == "mats":
-            assert isinstance(result, dict)
-            return dict(result)
-        uncovered: list[str] = []
-        if self.method in STATISTICS:
-            covered = covering_statistics(names, STATISTICS[self.method], statistics)
-            others = [n for n in names if n not in covered and not of_batch_norm(n, names)]
-            uncovered = [n for n in others if result[n].is_floating_point()]
-        return {0: MergeResult(result, uncovered=uncovered)}
 
     def _averaged(self, names: list[str]) -> list[str]:
         """The expressions that these names have; each must be in a name of some part."""
-        given = self.options["averaged"]
+        given = self.method.options["averaged"]
         patterns = [given] if isinstance(given, str) else list(given)
         everywhere: dict[str, None] = {}
         for name, part in self._parts().items():
-            products = name == SHARED and self.lora_rank is not None
+            products = name == SHARED and self.method.lora_rank is not None
             everywhere |= dict.fromkeys(product_names(part.names) if products else part.names)
         names_with(patterns, list(everywhere), "averaged")
         return [p for p in patterns if any(re.search(p, name) for name in names)]
@@ -259,65 +218,25 @@ class JointMerge:
             heads = {_head_part(group): head for group, head in self._pretrained_heads.items()}
             start = heads.get(part)
         if start is None:
-            if self._needs_start():
+            if self.method.needs_start:
                 raise ValueError(
-                    f"{self.method} needs the start of the {part}: pass"
+                    f"{self.method.name} needs the start of the {part}: pass"
                     f" {'pretrained' if part == SHARED else 'pretrained_heads'}=..."
                 )
             return None
         return Part(start, list(start), device)
 
-    def _needs_start(self) -> bool:
-        return (
-            self.method in ("pretrained", *OF_TASK_VECTORS)
-            or self.scale is not None
-            or self.options.get("init") == "pretrained"
-            or self.options.get("uncovered") == "pretrained"
-        )
 
-    @property
-    def _counts(self) -> list[int]:
-        """The iteration counts of which there are states; [0] for methods without."""
-        if self.method != "mats":
-            return [0]
-        default = inspect.signature(merging.mats).parameters["iterations"].default
-        iterations = self.options.get("iterations", default)
-        return [iterations] if isinstance(iterations, int) else list(iterations)
-
-    def _task_weights(self) -> dict[str, float]:
-        weights = self.options.pop("weights", None)
-        if isinstance(weights, Mapping):
-            if unknown := sorted(set(weights) ^ set(self.tasks)):
-                raise ValueError(
-                    f"options['weights']: '{unknown[0]}' is no task, or has no weight; the tasks"
-                    f" are {', '.join(self.tasks)}"
-                )
-            weights = [weights[name] for name in self.tasks]
-        return dict(zip(self.tasks, check_weights(weights, len(self.tasks)), strict=True))
-
-    def _check_arguments(self) -> None:
-        if self.method not in METHODS and self.method not in REFERENCES:
-            known = ", ".join([*METHODS, *REFERENCES])
-            raise ValueError(f"no method is called '{self.method}'; choose from {known}")
-        ours = {"thetas", "statistics", "pretrained", "weights", "on_block"}
-        signature = inspect.signature(METHODS[self.method]) if self.method in METHODS else None
-        known_options = set(signature.parameters) - ours if signature else set()
-        scale = {"scale"} if self.method in OF_CURVATURE else set()
-        listed = sorted({*known_options, *scale, "lora_rank"} if signature else [])
-        if unknown := sorted(set(self.options) - known_options):
+def _weights_of(weights: Any, tasks: Sequence[str]) -> dict[str, float]:
+    """task -> its number, of what was given as options["weights"]."""
+    if isinstance(weights, Mapping):
+        if unknown := sorted(set(weights) ^ set(tasks)):
             raise ValueError(
-                f"{self.method} has no option '{unknown[0]}'; it has {', '.join(listed) or 'none'}"
+                f"options['weights']: '{unknown[0]}' is no task, or has no weight; the tasks"
+                f" are {', '.join(tasks)}"
             )
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale}: a finite number is needed")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank}: an adapter has 1 at least")
-        if self.lora_rank is None and self._needs_start() and self._pretrained is None:
-            given = self.options | ({} if self.scale is None else {"scale": self.scale})
-            raise ValueError(
-                f"method '{self.method}' with {given} needs the model that the tasks"
-                " started from: pass pretrained=<state dict or path>"
-            )
+        weights = [weights[name] for name in tasks]
+    return dict(zip(tasks, check_weights(weights, len(tasks)), strict=True))
 
 
 def _head_part(group: str) -> str:

@@ -15,23 +15,24 @@ Products have the names of the weights that they are added to, "<layer>.base_lay
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mats_lightning.card import MergeCard
-from mats_lightning.checkpoints import (
+from mats_lightning.adapter_files import (
     ADAPTER,
     ADAPTER_NAME,
     AS_BUILT,
     adapter_config,
+    adapter_configs,
     adapter_key,
-    load_weights,
 )
+from mats_lightning.checkpoints import load_weights
 from mats_lightning.export import export_adapter
+from mats_lightning.lazy import Lazy
 from mats_lightning.merging.models import merge_dtype
 from mats_lightning.names import plain_name
 
@@ -145,46 +146,33 @@ def lora_products(adapters: Sequence[Lora]) -> list[Mapping[str, Tensor]]:
     return [Products(adapter) for adapter in adapters]
 
 
-class Products(Mapping[str, Tensor]):
+class Products(Lazy[Tensor]):
     """The products of one adapter's factors."""
 
     def __init__(self, adapter: Lora) -> None:
+        super().__init__(layer + BASE for layer in adapter.layers)
         self._adapter = adapter
-        self._layers = {layer + BASE: layer for layer in adapter.layers}
 
     def __getitem__(self, name: str) -> Tensor:
-        layer = self._layers[name]
+        if name not in self:
+            raise KeyError(name)
+        layer = name.removesuffix(BASE)
         a, b = (self._adapter.weights[layer + factor].detach() for factor in (A, B))
         dtype = merge_dtype([a, b])
         product = self._adapter.scaling(layer) * (b.to(dtype) @ a.to(dtype))
         return product.T.contiguous() if self._adapter.transposed else product
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers  # Mapping's own would compute the product
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-
-def save_lora(
-    folder: str | os.PathLike[str],
-    lora: Lora,
-    card: MergeCard | None = None,
-    overwrite: bool = False,
-) -> Path:
+def save_lora(folder: str | os.PathLike[str], lora: Lora, overwrite: bool = False) -> Path:
     """Write the adapter as peft does: `PeftModel.from_pretrained(model, folder)` loads it.
 
-    With a card there is a README.md that says how it was merged. It is written beside its place
-    and renamed. Returns the folder. Raises FileExistsError where the folder holds something
-    (with `overwrite`: something else than a model or an adapter).
+    It is written beside its place and renamed. Returns the folder. Raises FileExistsError where
+    the folder holds something (with `overwrite`: something else than a model or an adapter).
     """
     weights = {
         adapter_key(name.removeprefix(lora.prefix)): lora.weights[name] for name in lora.weights
     }
-    return export_adapter(folder, lora.config, weights, {}, card, overwrite)
+    return export_adapter(folder, lora.config, weights, {}, None, overwrite)
 
 
 def take_form(module: nn.Module, lora: Lora) -> None:
@@ -203,14 +191,11 @@ def take_form(module: nn.Module, lora: Lora) -> None:
         a.weight = nn.Parameter(a.weight.new_empty(rank, a.in_features))
         b.weight = nn.Parameter(b.weight.new_empty(b.out_features, rank))
         layer.scaling[ADAPTER_NAME] = scaling
-    for found in layers.values():
-        configs = getattr(found, "peft_config", None)
-        if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
-            config = configs[ADAPTER_NAME]
-            if not hasattr(config, AS_BUILT):
-                setattr(config, AS_BUILT, config.to_dict())
-            for key in lora.config.keys() & OF_SCALING:  # for save_pretrained
-                setattr(config, key, lora.config[key])
+    for config in adapter_configs(module):
+        if not hasattr(config, AS_BUILT):
+            setattr(config, AS_BUILT, config.to_dict())
+        for key in lora.config.keys() & OF_SCALING:  # for save_pretrained
+            setattr(config, key, lora.config[key])
 
 
 def _check_lora(lora: Lora, what: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mats_lightning.lora import BASE, A, B, Lora
-from mats_lightning.merging.blocks import operator
+from mats_lightning.merging.curvatures import operator
 from mats_lightning.merging.forms import matrix_form
 from mats_lightning.merging.models import check_range, check_weights
 from mats_lightning.operators import Gram, KroneckerFactored

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.collect import collect_statistics
+from mats_lightning.files import write_atomically
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.names import plain_name
 from mats_lightning.passes import training_alone
-from mats_lightning.sidecar import (
-    check_belongs,
-    load_statistics,
-    save_statistics,
-    write_atomically,
-)
+from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from mats_lightning.adapter_files import adapter_config, adapter_key, is_adapter
 from mats_lightning.card import MergeCard
-from mats_lightning.checkpoints import adapter_config, adapter_key, is_adapter
 from mats_lightning.export import backbone_prefix, export_adapter, export_huggingface
 from mats_lightning.joint import JointMerge
 from mats_lightning.merged import Merged
@@ -31,7 +31,7 @@ def export_merge(
     overwrite: bool,
 ) -> Path:
     """See `MergeModule.export`; `model` is the first task's, with the merged weights."""
-    if joint.method == "individual":
+    if joint.method.name == "individual":
         raise ValueError(
             "method='individual' merges nothing, so there is no one model to export: export a"
             " merge, or take each task's own with model(task)"
@@ -97,21 +97,22 @@ def _head(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _card(
     joint: JointMerge, merged: Merged, scores: Mapping[str, float], base_model: str | None
 ) -> MergeCard:
-    options = dict(joint.options)
+    method = joint.method
+    options = dict(method.options)
     if isinstance(options.get("init"), Mapping):
         options["init"] = "a state dict"
     if set(joint.weights.values()) != {1.0}:
         options["weights"] = joint.weights
-    if joint.scale is not None:
-        options["scale"] = joint.scale
-    if joint.lora_rank is not None:
-        options["lora_rank"] = joint.lora_rank
+    if method.scale is not None:
+        options["scale"] = method.scale
+    if method.lora_rank is not None:
+        options["lora_rank"] = method.lora_rank
     if merged.in_use:
         options["iterations"] = merged.in_use
     if merged.refreshed:
         options["refresh"] = merged.refreshed
     return MergeCard(
-        method=joint.method,
+        method=method.name,
         options=options,
         tasks=[
             {

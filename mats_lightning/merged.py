@@ -8,11 +8,10 @@ from torch import Tensor
 
 from mats_lightning.lora import Lora
 from mats_lightning.merging import Block, MergeResult
-from mats_lightning.merging.models import check_models
+from mats_lightning.merging.models import Weights, check_models
 from mats_lightning.products import Refactored, lora_of
 from mats_lightning.tasks import Task
 
-Weights = Mapping[str, Tensor]
 SHARED = "shared parameters"  # the part of all tasks
 
 

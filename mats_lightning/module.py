@@ -20,13 +20,12 @@ from mats_lightning.lora import Lora, take_form
 from mats_lightning.merge_folder import export_merge
 from mats_lightning.merged import Merged
 from mats_lightning.merging import Block, MergeResult
+from mats_lightning.merging.models import Weights
 from mats_lightning.names import plain_name
 from mats_lightning.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Weights = Mapping[str, Tensor]
 
 
 class MergeModule(TaskEvaluation):
@@ -45,10 +44,10 @@ class MergeModule(TaskEvaluation):
         options: keyword arguments of the merge function. `weights` may map task names to
             numbers. `iterations` of mats may be a list: `use(n)` switches between the states.
             `scale`, of fisher, regmean and mats, makes the merged task vector longer or shorter
-            (`merging.rescale`). `lora_rank`, of every method but those of the diagonal or block
-            Fisher, merges LoRA adapters as their products (what they add to the weights), which
-            are made into factors of this rank by an SVD; it is weighted with the statistics, which
-            need `adapted_weights=True`, where the method takes some.
+            (`merging.rescale`). `lora_rank` merges LoRA adapters as products: what they add to the
+            weights. An SVD makes the merged products into factors of this rank. Where the method
+            takes statistics the SVD is weighted with them, and they need `adapted_weights=True`.
+            Products have no diagonal or block Fisher.
         pretrained: the model that all tasks started from (a state dict, or a path that
             `load_weights` reads); needed by pretrained, the methods of task vectors
             (task_arithmetic, ties, dare, iso_c, tsv_m), and the options scale, init="pretrained"
@@ -85,16 +84,17 @@ class MergeModule(TaskEvaluation):
             return
         self._merged = merged = self._joint.run(device, progress)
         self._put_in_place()
+        method = self._joint.method
         if lost := merged.lost.values():
             rank_zero_info(
-                f"{self._joint.method}: rank {self._joint.lora_rank} leaves out"
+                f"{method.name}: rank {method.lora_rank} leaves out"
                 f" {median(lost):.1%} of a merged product (median over layers; at most"
                 f" {max(lost):.1%})"
             )
         for part, names in merged.uncovered.items():
-            how = self._joint.options.get("uncovered", "average")
+            how = method.options.get("uncovered", "average")
             rank_zero_info(
-                f"{self._joint.method}, {part}: {len(names)} parameters without a statistic of"
+                f"{method.name}, {part}: {len(names)} parameters without a statistic of"
                 f" this objective ({how}): {', '.join(names[:4])}"
                 f"{', ...' if len(names) > 4 else ''}"
             )
@@ -131,12 +131,12 @@ class MergeModule(TaskEvaluation):
 
     def own_heads(self) -> dict[str, dict[str, Tensor]]:
         """task -> the parameters that it shares with no other; no task without any."""
-        heads = {name: self._outcome().own_head(name) for name in self.tasks}
-        return {
-            task: {name: state[name] for name in names}
-            for task, names in heads.items()
-            if names and (state := self.state_of(task))
-        }
+        heads: dict[str, dict[str, Tensor]] = {}
+        for task in self.tasks:
+            if names := self._outcome().own_head(task):
+                state = self.state_of(task)
+                heads[task] = {name: state[name] for name in names}
+        return heads
 
     def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
         """Put other values of `own_heads` in place, of the tasks that are named.

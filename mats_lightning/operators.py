@@ -120,6 +120,10 @@ class Damped:
         return replace(self, operator=self.operator.scaled(factor), shift=self.shift * factor)
 
 
+def undamped(c: Operator) -> Operator:
+    return c.operator if isinstance(c, Damped) else c
+
+
 def sum_of_products(operators: Sequence[Operator], xs: Iterable[Tensor]) -> Tensor:
     """sum_i C_i x_i, in the shape of the x_i."""
     total: Tensor | None = None

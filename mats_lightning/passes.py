@@ -56,15 +56,17 @@ def check_finite(loss: Tensor, index: int) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, each module's own mode put back after; what a LightningModule logs is dropped."""
     modes = {module: module.training for module in model.modules()}
-    loggers = [module for module in modes if isinstance(module, pl.LightningModule)]
+    loggers = {m: vars(m).get("log") for m in modes if isinstance(m, pl.LightningModule)}
     model.eval()
     for logger in loggers:
         logger.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for logger in loggers:
+        for logger, log in loggers.items():
             del logger.log
+            if log is not None:  # of a pass around this one
+                logger.log = log  # type: ignore[method-assign]
         for module, training in modes.items():
             module.training = training
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mats_lightning.checkpoints import adapter_config, is_adapter
+from mats_lightning.adapter_files import adapter_config, is_adapter
 from mats_lightning.lora import BASE, A, B, Lora, lora_products
 from mats_lightning.low_rank import refactor
 from mats_lightning.merging import MergeResult

@@ -29,14 +29,12 @@ from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
 from mats_lightning.names import plain_name
-from mats_lightning.rounds import Folder, RefreshPlan, Round, last_kept
+from mats_lightning.rounds import Folder, RefreshPlan, Round, State, last_kept
 from mats_lightning.sampled import LogitsFn, choose_fisher
 from mats_lightning.sidecar import digest
 from mats_lightning.statistics import Statistics
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
 from mats_lightning.tasks import Part
-
-State = dict[str, Tensor]
 
 
 def refresh(
@@ -59,8 +57,8 @@ def refresh(
 
     Arguments:
         plan: RefreshPlan() by default, which fits heads.
-        module: merged heads stay as they are, and so do others without `plan.heads`; weights of the
-            tasks are those of the merge.
+        module: the merge. Merged heads stay as they are; without `plan.heads` all heads do. Each
+            task has the weight that it had in the merge.
         trainer: for `validate`; one device. The default is a quiet one on what there is.
         folder: where each round's weights and scores are kept (see `rounds.Folder`). An
             interrupted refresh goes on from there, in the middle of a round's statistics too.
@@ -119,10 +117,10 @@ class _Refresh:
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.device = trainer.strategy.root_device
-        self.state: State = {}  # the merged parameters, after the rounds that are done
         self.heads: dict[str, State] = {}  # that were fitted to them
         self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
+        # the merged parameters, after the rounds that are done
         self.state = self._in_modules_dtypes(module.shared_state())
         self.before = module.own_heads()  # of the merge, or fitted to it earlier
         self.how_before = module.refreshed
@@ -132,8 +130,10 @@ class _Refresh:
                 " merged alone pass heads=(), rounds=1"
             )
         names_with(plan.kept, list(self.state), "kept")
-        self.folder = Folder(Path(folder), asdict(plan), self.state, self._about_tasks())
-        self.rounds = self.folder.history()[: plan.rounds + 1]
+        self.folder = Folder(Path(folder))
+        self.about_tasks = self._about_tasks()
+        done = self.folder.history(asdict(plan), self.about_tasks, self.state)
+        self.rounds = done[: plan.rounds + 1]
         if plan.rounds:
             self._put([])  # says so where nothing is merged
 
@@ -177,10 +177,10 @@ class _Refresh:
             self._put(rounds)
         else:
             rounds.append(self._round_0())
-            self.folder.keep(rounds, self.state, self.heads)
+            self._keep(rounds)
         while len(rounds) <= self.plan.rounds and (rounds[-1].taken or len(rounds) == 1):
             rounds.append(self._round(len(rounds), rounds))
-            self.folder.keep(rounds, self.state, self.heads)
+            self._keep(rounds)
             self.folder.remove_sidecars(before=len(rounds) - (1 if self.plan.decay else 0))
             self._put(rounds)
             last = rounds[-1]
@@ -274,6 +274,9 @@ class _Refresh:
                 " validation rows, and a trainer without limit_val_batches=0"
             )
         return time.perf_counter() - started
+
+    def _keep(self, rounds: list[Round]) -> None:
+        self.folder.keep(asdict(self.plan), self.about_tasks, rounds, self.state, self.heads)
 
     def _put(self, rounds: list[Round]) -> None:
         if self.plan.rounds:

@@ -12,14 +12,15 @@ from urllib.parse import quote, unquote
 from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.files import write_text
 from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
-from mats_lightning.merging.mats import objective_kinds
-from mats_lightning.merging.models import check_range
+from mats_lightning.merging.models import Weights, check_range
+from mats_lightning.merging.results import objective_kinds
 from mats_lightning.sampled import FISHERS, Fisher
-from mats_lightning.sidecar import SUFFIX, digest, write_atomically
+from mats_lightning.sidecar import SUFFIX, digest
 
-Weights = Mapping[str, Tensor]
+State = dict[str, Tensor]
 LABELS = ("data", "teacher")
 
 
@@ -121,63 +122,89 @@ def last_kept(rounds: Sequence[Round]) -> int:
     return max(done.number for done in rounds if done.taken or not done.number)
 
 
+@dataclass(frozen=True)
+class _History:
+    """What history.json holds."""
+
+    plan: dict[str, Any]
+    tasks: dict[str, Any]
+    start: str  # digest of the weights
+    rounds: list[Round]
+
+
 class Folder:
     """`history.json`, `round-<n>.safetensors` for round 0 and each that was taken, beside it
     `heads-<n>.safetensors` with its fitted heads, and below `statistics/` the sidecars of the round
     under way (with `decay` of the one before, too).
-
-    Raises ValueError, in `history`, where it holds rounds of another plan (`rounds` aside: more of
-    them may follow), of other `tasks`, or from other weights than `start`. These may also be those
-    after the last of its rounds.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        plan: Mapping[str, Any],
-        start: Mapping[str, Tensor],
-        tasks: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as the file gives it back
-        self.tasks: dict[str, Any] = json.loads(json.dumps(tasks))
-        self.start = _of_state(start)
 
-    def history(self) -> list[Round]:
-        """The rounds that are done; none in a new folder."""
-        file = self.path / "history.json"
-        if not file.exists():
+    def history(
+        self, plan: Mapping[str, Any], tasks: Mapping[str, Any], start: Weights
+    ) -> list[Round]:
+        """The rounds that are done; none in a new folder.
+
+        Raises ValueError where they are of another plan (`rounds` aside: more of them may follow),
+        of other tasks, or from other weights than `start`, which may also be those after the last
+        of them; and for a history that another version wrote.
+        """
+        known = self._known()
+        if known is None:
             return []
-        known = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in self.plan.items():
-            if name != "rounds" and known["plan"].get(name) != value:
+        for name, value in _as_kept(plan).items():
+            if name != "rounds" and known.plan.get(name) != value:
                 raise ValueError(
-                    f"{self.path} holds a refresh with {name}={known['plan'].get(name)!r}, and this"
+                    f"{self.path} holds a refresh with {name}={known.plan.get(name)!r}, and this"
                     f" one has {value!r}: give the same plan to go on, or another folder"
                 )
-        for task in sorted(known["tasks"].keys() | self.tasks.keys()):
-            before, now = known["tasks"].get(task), self.tasks.get(task)
+        of_tasks = _as_kept(tasks)
+        for task in sorted(known.tasks.keys() | of_tasks.keys()):
+            before, now = known.tasks.get(task), of_tasks.get(task)
             if before != now:
                 odd = "is in one of the two alone"
                 if before and now:
-                    odd = f"has another {min(what for what in now if before[what] != now[what])}"
+                    both = {*before, *now}
+                    odd = f"has another {min(w for w in both if before.get(w) != now.get(w))}"
                 raise ValueError(
                     f"{self.path} holds a refresh of other tasks: '{task}' {odd}. Give the same"
                     " tasks to go on, or another folder"
                 )
-        rounds = [Round(**fields) for fields in known["rounds"]]
-        if self.start not in (known["start"], _of_state(self.state(last_kept(rounds)))):
+        if _of_state(start) not in (known.start, _of_state(self.state(last_kept(known.rounds)))):
             raise ValueError(
                 f"{self.path} holds a refresh that started from other merged weights: merge as"
                 " before to go on, or give another folder"
             )
-        self.start = known["start"]
-        return rounds
+        return known.rounds
+
+    def _known(self) -> _History | None:
+        file = self.path / "history.json"
+        if not file.exists():
+            return None
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            return _History(**{**known, "rounds": [Round(**done) for done in known["rounds"]]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is not what this version of mats_lightning writes ({error!r}): give"
+                " another folder, or go on with the version that wrote it"
+            ) from error
 
     def keep(
-        self, rounds: list[Round], state: Mapping[str, Tensor], heads: Mapping[str, Weights]
+        self,
+        plan: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        rounds: list[Round],
+        state: Weights,
+        heads: Mapping[str, Weights],
     ) -> None:
-        """Write the state and heads after the last of these rounds, then the record of all."""
+        """Write the state and heads after the last of these rounds, then the record of all.
+
+        What is kept first is the start.
+        """
+        known = self._known()
+        start = _of_state(state) if known is None else known.start
         self.path.mkdir(parents=True, exist_ok=True)
         last = rounds[-1]
         if last.taken or not last.number:
@@ -189,14 +216,8 @@ class Folder:
             }
             if fitted:
                 save_state(fitted, self.fitted_heads(last.number))
-        done = [asdict(round_) for round_ in rounds]
-        known = {"plan": self.plan, "tasks": self.tasks, "start": self.start, "rounds": done}
-        text = json.dumps(known, indent=2)
-
-        def write(file: Path) -> None:
-            file.write_text(f"{text}\n", encoding="utf-8")
-
-        write_atomically(self.path / "history.json", write)
+        done = asdict(_History(dict(plan), dict(tasks), start, rounds))
+        write_text(self.path / "history.json", json.dumps(done, indent=2) + "\n")
 
     def weights(self, number: int) -> Path:
         return self.path / f"round-{number}.safetensors"
@@ -204,13 +225,13 @@ class Folder:
     def fitted_heads(self, number: int) -> Path:
         return self.path / f"heads-{number}.safetensors"
 
-    def state(self, number: int) -> dict[str, Tensor]:
+    def state(self, number: int) -> State:
         """The merged weights after this round, which was taken or is 0."""
         return dict(load_weights(self.weights(number)))
 
-    def heads(self, number: int) -> dict[str, dict[str, Tensor]]:
+    def heads(self, number: int) -> dict[str, State]:
         """task -> its fitted head after this round; none where the plan fits none."""
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, State] = {}
         if self.fitted_heads(number).exists():
             for key, tensor in load_weights(self.fitted_heads(number)).items():
                 task, _, name = key.partition("/")
@@ -229,6 +250,12 @@ class Folder:
                 file.unlink()
 
 
-def _of_state(state: Mapping[str, Tensor]) -> str:
+def _as_kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As the file gives them back."""
+    kept: dict[str, Any] = json.loads(json.dumps(values))
+    return kept
+
+
+def _of_state(state: Weights) -> str:
     text = json.dumps(digest(state), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -126,7 +126,7 @@ def capture_sampled(
     *,
     examples: int,
     masks: Masks,
-    loss_scale: float | None = None,
+    scaler_scale: float | None = None,
 ) -> bool:
     """Add a batch's statistics: for each generator a forward pass, labels, a backward pass.
 
@@ -137,21 +137,21 @@ def capture_sampled(
         examples: N, the rows of the batch.
         masks: of the positions that count. With logits (N, R, C) labels are drawn at those of the
             model's output, unless `logits_fn` gives a mask of its own.
-        loss_scale: of a gradient scaler (16-bit floats); a batch that overflows is skipped.
+        scaler_scale: of a gradient scaler (16-bit floats); a batch that overflows is skipped.
 
     Returns False when no gradient came to a covered layer: then nothing is counted. Raises
     ValueError for logits of another shape or without gradient, and for re-entrant checkpointing.
     """
     # As large as a training loss is, which a gradient scaler's scale is made for.
     divisor = float(max([examples, *(mask.numel() for mask in masks.masks.values())]))
-    scale = divisor / (loss_scale or 1.0)
+    scale = divisor / (scaler_scale or 1.0)
     counted = True
     for generator in generators:
         with (
             torch.enable_grad(),
-            capture.batch(examples, scale, masks, defer=loss_scale is not None),
+            capture.batch(examples, scale, masks, defer=scaler_scale is not None),
         ):
-            logits, keep = _logits(logits_fn(model, batch), examples, masks)
+            logits, keep = logits_and_mask(logits_fn(model, batch), examples, masks)
             loss = sampled_loss(logits, draw_labels(logits, keep, generator)) / scale
             capture.start_backward()
             go_back(loss, capture.needed)
@@ -159,8 +159,12 @@ def capture_sampled(
     return counted
 
 
-def _logits(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Tensor | None]:
-    """The logits, checked, and which of their positions have a label; None: all."""
+def logits_and_mask(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Tensor | None]:
+    """What a `logits_fn` gave, checked: the logits, and which of their positions count.
+
+    The mask is bool, (N, R) of logits (N, R, C), and None where all count. Raises ValueError for
+    logits of another shape or without gradient, and for a mask that does not fit them.
+    """
     logits, keep = given if isinstance(given, tuple) else (given, None)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or len(logits) != examples:
@@ -180,7 +184,7 @@ def _logits(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Tensor | N
     if keep is not None and keep.shape != logits.shape[:-1]:
         raise ValueError(
             f"the logits have shape {shape} and the mask {tuple(keep.shape)}: let logits_fn give"
-            f" (logits, mask) with a mask {tuple(logits.shape[:-1])}, true where a label is drawn"
+            f" (logits, mask) with a mask {tuple(logits.shape[:-1])}, true where a position counts"
         )
     return logits, None if keep is None else keep.bool()
 

@@ -26,12 +26,11 @@ Divide sums by `examples` (A, a and counts by their group's positions; A_reduced
 have what the README defines.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
+from mats_lightning.files import write_atomically
+from mats_lightning.lazy import Lazy
 from mats_lightning.statistics import Coverage, Statistics
 from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
 
@@ -80,7 +81,6 @@ def describe(
     """The `info` of statistics taken of the model with these `weights`; `how` adds to it."""
     covered = [name for name, row in coverage.rows.items() if row.statistics and name in weights]
     return {
-        "fisher": "empirical",
         "loss_reduction": name_of(loss_reduction),
         "mask": name_of(mask),
         **how,
@@ -140,22 +140,6 @@ def save_statistics(
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)` beside `path`, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes its files readable for their owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """The statistics of a sidecar (or of the checkpoint beside which it lies).
 
@@ -208,14 +192,15 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     )
 
 
-class SidecarTensors(Mapping[str, Tensor]):
+class SidecarTensors(Lazy[Tensor]):
     """The raw sums of a sidecar, each read, unpacked and checked when it is asked for."""
 
     def __init__(self, path: Path, keys: list[str]) -> None:
-        self.path, self._keys = path, dict.fromkeys(keys)
+        super().__init__(keys)
+        self.path = path
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
+        if key not in self:
             raise KeyError(f"{self.path} has no '{key}'")
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -225,15 +210,6 @@ class SidecarTensors(Mapping[str, Tensor]):
         if not finite(tensor):
             raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
         return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
-
-    def __contains__(self, key: object) -> bool:  # without reading it
-        return key in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: str) -> None:

@@ -42,10 +42,10 @@ def conjugate_gradient(
     Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
     along which C is positive by more than rounding: where C is singular, a step along such a
     direction would be of any length. A step that would lead further than `radius` from `x0` is
-    shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983). The
-    distance grows from step to step in the norm of the preconditioner's inverse, and is measured
-    in the Euclidean one here: with a preconditioner the path may come back into the ball that it
-    leaves, and to stop where it leaves first is a heuristic.
+    shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983).
+    Without a preconditioner |x - x0| grows with each step. With one, only the distance in the norm
+    of its inverse surely grows: a path may leave the ball and come back, so stopping where it
+    leaves is a heuristic.
     `preconditioner` applies an approximate inverse of C, symmetric positive definite. `residual`
     gives b - C x, where that can be had with less rounding than from `matvec`. It is what the
     iteration starts with, and what must be within the tolerance at the end: the recursion's own

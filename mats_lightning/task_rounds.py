@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from mats_lightning.batches import first_rows, rows_to_pick
 from mats_lightning.distillation import soft_targets
@@ -19,14 +19,12 @@ from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn
 from mats_lightning.products import lora_of
-from mats_lightning.rounds import Folder, RefreshPlan
+from mats_lightning.rounds import Folder, RefreshPlan, State
 from mats_lightning.sampled import LogitsFn
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.tasks import Task
-
-State = dict[str, Tensor]
 
 
 class TaskRounds:

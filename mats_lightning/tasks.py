@@ -13,20 +13,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mats_lightning.checkpoints import (
+from mats_lightning.adapter_files import (
     ADAPTER_NAME,
     AS_BUILT,
     adapter_config,
+    adapter_configs,
     is_adapter,
-    load_weights,
 )
+from mats_lightning.checkpoints import load_weights
+from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
 
 # of an adapter's configuration: what decides how its parameters act on a layer
-SCALING = ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "use_dora")
-FORM = (*SCALING, "r", "rank_pattern")
+FORM = (
+    "peft_type",
+    "lora_alpha",
+    "use_rslora",
+    "alpha_pattern",
+    "use_dora",
+    "r",
+    "rank_pattern",
+)
 MEANING = (*FORM, "feedforward_modules")
 LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
 
@@ -47,8 +56,8 @@ class Task:
         head: prefixes of the parameters that belong to the task alone.
         head_group: tasks of one group started from the same head, and merge it.
         statistics: where they are not beside the checkpoint: a path, or a `Statistics`.
-        prefix: put before the names of the checkpoint, and before those of its statistics where
-            they lack it, having been taken of the model alone.
+        prefix: before the checkpoint's names; and before those of its statistics, where these were
+            taken of the model alone.
     """
 
     name: str
@@ -101,7 +110,7 @@ class Task:
         What a merge made of the module does not count: it gives it the form that it needs.
         """
         found = adapter_config(self.checkpoint)
-        for config in _adapter_configs(self.module):
+        for config in adapter_configs(self.module):
             forms = [config.to_dict(), getattr(config, AS_BUILT, config.to_dict())]
             for key in FORM:
                 if _plain(found.get(key)) not in [_plain(form.get(key)) for form in forms]:
@@ -238,18 +247,7 @@ def _trained_with(task: Task) -> list[dict[str, Any]]:
     """peft's configurations of the task's adapters: of the files, for a merge changes modules."""
     if is_adapter(task.checkpoint):
         return [adapter_config(task.checkpoint)]
-    return [config.to_dict() for config in _adapter_configs(task.module)]
-
-
-def _adapter_configs(module: torch.nn.Module) -> list[Any]:
-    """peft's configurations of the adapters inside of a module."""
-    found: dict[int, Any] = {}  # PeftModel and the tuner inside of it share theirs
-    for part in module.modules():
-        configs: Any = getattr(part, "peft_config", None)
-        if isinstance(configs, Mapping) and ADAPTER_NAME in configs:
-            config = configs[ADAPTER_NAME]
-            found[id(config)] = config
-    return list(found.values())
+    return [config.to_dict() for config in adapter_configs(task.module)]
 
 
 def _without_rank(name: str, shape: torch.Size) -> torch.Size:
@@ -269,24 +267,16 @@ def _begins(parameter: str, prefix: str) -> bool:
     return parameter == prefix or parameter.startswith(f"{prefix}.")
 
 
-class Part(Mapping[str, Tensor]):
+class Part(Lazy[Tensor]):
     """Some of a model's weights, moved to a device as they are read."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], names: Sequence[str], device: torch.device
     ) -> None:
-        self._weights, self._names, self._device = weights, dict.fromkeys(names), device
+        super().__init__(names)
+        self._weights, self._device = weights, device
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self:
             raise KeyError(name)
         return self._weights[name].to(self._device)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

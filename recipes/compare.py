@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench import Bench, Cell, Find, Merge, Opened
 from cells import Cells
 from merge_options import MethodOptions
 
-from mats_lightning.joint import REFERENCES, STATISTICS
 from mats_lightning.lora import BASE
-from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import names_with
+from mats_lightning.merging.results import objective_kinds
+from mats_lightning.methods import REFERENCES, STATISTICS
 from mats_lightning.report import Row
 
 __all__ = [
@@ -29,12 +29,6 @@ __all__ = [
 ]
 
 INDIVIDUAL = {"individual": MethodOptions("individual")}  # the line above all others
-
-
-class Curve(NamedTuple):
-    """A block's relative residuals, as plot_residuals takes them."""
-
-    residuals: list[float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,8 @@ class Outcome:
     # another grid's, whose merge had other iterations
     merge_seconds: float | None
     test_seconds: float
-    blocks: Mapping[str, Curve] = field(repr=False)  # of the merge's last iteration
+    # block -> its residuals, of the merge's last iteration
+    blocks: Mapping[str, list[float]] = field(repr=False)
 
     @property
     def row(self) -> Row:
@@ -248,7 +243,7 @@ class Comparison:
             attempts,
             None if None in merge_seconds else round(sum(filter(None, merge_seconds)), 2),
             tested.seconds,
-            {name: Curve(curve) for name, curve in curves.items()},
+            dict(curves),
         )
         better = self.best is None or chosen.average > self.best[0].chosen.average
         if method.method not in REFERENCES and better:

@@ -34,13 +34,8 @@ from torch import Tensor
 from train_tasks import as_task, task_data, task_module, train_task, write_json
 
 from mats_lightning import Task
-from mats_lightning.report import (
-    plot_residuals,
-    plot_scores,
-    print_table,
-    write_csv,
-    write_markdown,
-)
+from mats_lightning.figures import plot_residuals, plot_scores
+from mats_lightning.report import print_table, write_csv, write_markdown
 
 ROUTINE = (  # what Lightning says about every trainer and every fit
     "GPU available",

@@ -208,7 +208,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
         "test_average": average(rows[-1]),
         "test_scores": rows[-1].scores,
         "individual_scores": individual,
-        "relative": relative(rows[-1], rows[0]) if individual is not None else None,
+        "relative": relative(rows[-1].scores, rows[0].scores) if individual is not None else None,
         "seconds": {"training": trained.seconds, "test": test_seconds},
         "peak_memory_gb": memory,
     }

@@ -32,7 +32,8 @@ from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
 from paper_tables import MethodTable, Record, Table
 from rich.console import Console
-from train_tasks import write_text
+
+from mats_lightning.files import write_text
 
 __all__ = ["main"]
 

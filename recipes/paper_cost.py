@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_tasks import return_memory, statistics_callback, task_module
 from typing_extensions import override
 
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 
 __all__ = ["CostTable"]
 

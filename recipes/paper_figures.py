@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
-from paper_long import relative
 from paper_tables import Record, merge_seconds
 
-from mats_lightning.joint import REFERENCES
-from mats_lightning.sidecar import write_atomically
+from mats_lightning.files import write_atomically
+from mats_lightning.methods import REFERENCES
+from mats_lightning.report import relative
 
 __all__ = ["write_figures"]
 
@@ -146,7 +146,10 @@ def by_seconds(records: Sequence[Record]) -> Figure | None:
             label += f", {record.settings}"
         shown = record.table == "refresh" or label == "multitask"
         if shown and record.split == "test" and record.cell and record.seed in alone:
-            point = record.cell.merge_seconds, relative(record.cell, alone[record.seed])
+            point = (
+                record.cell.merge_seconds,
+                relative(record.cell.scores, alone[record.seed].scores),
+            )
             points.setdefault(label, {}).setdefault(record.iterations, []).append(point)
     multitask = points.pop("multitask", None)
     if not points:

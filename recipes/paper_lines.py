@@ -12,7 +12,7 @@ from paper_settings import Ablations, Setting, Starts
 from paper_tables import Record, added
 from typing_extensions import override
 
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 
 __all__ = ["AblationTable", "StartTable"]
 

@@ -4,17 +4,18 @@ What has not been measured stands there as "missing".
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from bench import Cell
 from paper_tables import Record
 
-from mats_lightning.sidecar import write_atomically
+from mats_lightning.files import write_text
+from mats_lightning.report import relative
 
-__all__ = ["MISSING", "relative", "write_long"]
+__all__ = ["MISSING", "write_long"]
 
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
@@ -52,14 +53,11 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
             row |= measured(record, individual.get(record.seed))
         rows.append(row)
 
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*FIXED, *tasks, *MEASURED])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*FIXED, *tasks, *MEASURED])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue(), newline="")
 
 
 def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
@@ -75,10 +73,5 @@ def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
     if cell.merge_iterations:
         row["merge_iterations"] = cell.merge_iterations
     if individual is not None and record.split == "test" and record.table in RELATIVE:
-        row["relative"] = relative(cell, individual)
+        row["relative"] = relative(cell.scores, individual.scores)
     return row
-
-
-def relative(cell: Cell, individual: Cell) -> float:
-    """Mean over tasks of score / individual score."""
-    return mean(cell.scores[name] / score for name, score in individual.scores.items())

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from statistics import mean
 
 from bench import Cell
-from paper_long import MISSING, relative
+from paper_long import MISSING
 from paper_tables import Record, merge_seconds
 
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
+from mats_lightning.report import relative
 
 __all__ = ["tables_in"]
 
@@ -61,7 +62,7 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
 
     def to_individual(cell: Cell, seed: int) -> float | None:
         individual = of[seed, "individual"].cell
-        return None if individual is None else relative(cell, individual)
+        return None if individual is None else relative(cell.scores, individual.scores)
 
     lines = [["method", *tasks, "average", "relative"]]
     for label in labels:
@@ -123,7 +124,7 @@ def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Tabl
     for (label, plan), own in last.items():
         cells = [record.cell for record in own.values()]
         to_individual = [
-            None if cell is None or whole is None else relative(cell, whole)
+            None if cell is None or whole is None else relative(cell.scores, whole.scores)
             for cell, whole in zip(cells, (before[s, "individual"] for s in own), strict=True)
         ]
         on_validation = [

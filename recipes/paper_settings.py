@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from merge_options import MethodOptions, check_methods
 
 from mats_lightning import RefreshPlan
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 
 __all__ = [
     "FOLDER",

@@ -16,7 +16,7 @@ from merge_options import MethodOptions
 from paper_seeds import Seed
 from paper_settings import Setting
 
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 
 __all__ = [
     "MethodTable",

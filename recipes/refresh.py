@@ -41,11 +41,11 @@ from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
-from mats_lightning.joint import REFERENCES
+from mats_lightning.figures import plot_seconds
+from mats_lightning.methods import REFERENCES
 from mats_lightning.report import (
     Row,
     average,
-    plot_seconds,
     print_table,
     relative,
     write_csv,
@@ -283,7 +283,7 @@ def report(
                 "seconds": line.seconds,
                 "test_scores": line.row.scores,
                 "test_average": average(line.row),
-                "relative": relative(line.row, rows[0]),
+                "relative": relative(line.row.scores, rows[0].scores),
             }
             for line in lines
         ],

@@ -78,7 +78,7 @@ def seconds_of(done: Round) -> float:
 
 def put(module: MergeModule, folder: Path, number: int, shared: bool) -> None:
     """The heads after this round into the module, and what is `shared`, which rounds change."""
-    kept = Folder(folder, {}, {}, {})
+    kept = Folder(folder)
     if shared:
         module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
     if heads := kept.heads(number):

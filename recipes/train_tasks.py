@@ -36,7 +36,8 @@ from merge_options import Options, TaskOptions
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback, Task
-from mats_lightning.sidecar import sidecar_path, write_atomically
+from mats_lightning.files import write_text
+from mats_lightning.sidecar import sidecar_path
 
 __all__ = [
     "COMMON",
@@ -55,7 +56,6 @@ __all__ = [
     "train_task",
     "training_of",
     "write_json",
-    "write_text",
 ]
 
 # the options that every fine-tune of a comparison shares
@@ -283,13 +283,3 @@ def report_changes(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one, as do two runs at a time."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)

@@ -772,7 +772,8 @@ def test_resuming_with_another_choice_is_refused(choice: dict[str, Any], tmp_pat
 
 
 def test_numbers_may_be_numpys(tmp_path: Path) -> None:
-    callback = MaTSStatsCallback(last_n_epochs=np.int64(1), max_examples=np.int64(5))
+    numbers: dict[str, Any] = {"last_n_epochs": np.int64(1), "max_examples": np.int64(5)}
+    callback = MaTSStatsCallback(**numbers)
     fit(Module(MLP()), in_single(vectors()), tmp_path, callback)
     path = next(tmp_path.rglob("*.ckpt"))
     assert load_statistics(path).info["max_examples"] == 5

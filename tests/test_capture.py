@@ -47,7 +47,8 @@ from oracle import Expected, assert_close, expected
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mats_lightning.capture import Capture, Input
+from mats_lightning.batch_sums import Input
+from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Coverage, Statistics, factors, find_coverage
 from mats_lightning.statistics.factors import ROWS_OF_BLOCK, add_second_moment
 

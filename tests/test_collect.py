@@ -93,10 +93,13 @@ def test_a_step_that_optimizes_is_not_called() -> None:
             raise AssertionError("it would train")
 
     module = Manual().double()
-    with pytest.raises(ValueError, match="Manual optimizes manually, .* pass loss_fn="):
+    with pytest.raises(ValueError, match=r"Manual optimizes manually, .* pass loss_fn="):
         collect_statistics(module, vectors(), progress=False)
     found = collect_statistics(
-        module, vectors(), loss_fn=lambda m, batch: m.model(batch).mean(), progress=False
+        module,
+        vectors(),
+        loss_fn=lambda _, batch: module.model(batch).mean(),
+        progress=False,
     )
     assert_equals(found, expected(module.model, vectors(), root=module), 1e-9, [])
 
@@ -448,8 +451,8 @@ def test_labels_drawn_for_an_encoder_decoder() -> None:
     """It is given what its labels tell, and no label of the data has an influence on the loss."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 13, "d_model": 8, "d_kv": 4, "d_ff": 10, "num_heads": 2}
-    config = T5Config(**sizes, num_layers=1, decoder_start_token_id=0)
-    model = T5ForConditionalGeneration(config)
+    sizes |= {"num_layers": 1, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(**sizes))
     ids, labels = torch.randint(1, 13, (4, 5)), torch.randint(1, 13, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     given = {"decoder_input_ids": F.pad(labels[:, :-1], (1, 0))}
@@ -458,7 +461,7 @@ def test_labels_drawn_for_an_encoder_decoder() -> None:
         for more in ({}, given)
     )
     assert_close(found.tensors, wanted.tensors, 0.0)
-    with pytest.raises(ValueError, match="the decoder of T5For.* add labels or decoder_input_ids"):
+    with pytest.raises(ValueError, match=r"the decoder of T5For.* add labels or decoder_input_ids"):
         del batch["labels"]
         collect_statistics(model, [batch], fisher="sampled", progress=False)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -160,6 +161,22 @@ def test_a_model_that_predicts_as_its_teacher_has_no_gradient() -> None:
     model = made(0)
     found = collected(model, vectors(), loss_fn=soft_targets(made(0), logits_of))
     assert all(float(gradient.abs().max()) < 1e-15 for gradient in found.gradient.values())
+
+
+def test_a_lightning_module_may_be_its_own_teacher() -> None:
+    class Logging(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = made(0)
+
+    def logged(module: Any, batch: Batch) -> Tensor:
+        module.log("seen", 1.0)  # without a trainer: dropped
+        return logits_of(module.model, batch)
+
+    module = Logging()
+    found = collected(module, vectors(), loss_fn=soft_targets(module, logged))
+    assert all(float(gradient.abs().max()) < 1e-15 for gradient in found.gradient.values())
+    assert module.training and "log" not in vars(module)
 
 
 def test_positions_that_are_masked_do_not_count() -> None:

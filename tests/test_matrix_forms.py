@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from mats_lightning import load_statistics
 from mats_lightning.capture import Capture
 from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic
-from mats_lightning.merging.blocks import operator
+from mats_lightning.merging.curvatures import operator
 from mats_lightning.merging.forms import matrix_form
 from mats_lightning.sidecar import save_statistics
 from mats_lightning.statistics import KINDS, Statistics, find_coverage

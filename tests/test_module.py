@@ -26,9 +26,9 @@ from mats_lightning import (
     Statistics,
     Task,
     collect_statistics,
-    joint,
     load_statistics,
     merging,
+    methods,
     sidecar_path,
 )
 from mats_lightning.checkpoints import load_weights
@@ -665,7 +665,7 @@ def test_it_merges_once(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(thetas))
         return merging.average(thetas, **options)
 
-    monkeypatch.setitem(joint.METHODS, "average", counted)
+    monkeypatch.setitem(methods.METHODS, "average", counted)
     tasks = suite.tasks()
     for task in tasks:
         task.head_group = "polarity" if task.name in GROUP else None

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from mats_lightning import load_statistics
-from mats_lightning.joint import REFERENCES
+from mats_lightning.methods import REFERENCES
 
 WORDS = {  # task -> class -> words that only its texts have
     "colour": {"cold": ["blue", "green", "teal"], "warm": ["red", "orange", "pink"]},

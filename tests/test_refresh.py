@@ -27,7 +27,7 @@ from mats_lightning import (
 from mats_lightning.batches import first_rows
 from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.refresh import _Refresh
-from mats_lightning.rounds import Round
+from mats_lightning.rounds import Folder, Round
 from mats_lightning.task_rounds import with_older
 
 __all__ = ["suite"]  # a fixture
@@ -285,6 +285,22 @@ def test_another_refresh_in_the_folder_is_refused(
         refreshed(merged(suite), mix=1.0, folder=tmp_path)
     with pytest.raises(ValueError, match="started from other merged weights"):
         refreshed(merged(suite, iterations=1), folder=tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["tasks", "start", "rounds", "scores", "everything"])
+def test_a_history_of_another_version_is_refused(tmp_path: Path, lost: str) -> None:
+    plan, tasks, state = {"rows": 20}, {"log": {"metric": "accuracy"}}, {"w": torch.ones(2)}
+    folder, done = Folder(tmp_path), [Round(0, 0.0, {"log": 0.5}, {})]
+    folder.keep(plan, tasks, done, state, {})
+    assert folder.history(plan, tasks, state) == done
+    known = json.loads((tmp_path / "history.json").read_text())
+    (known["rounds"][0] if lost == "scores" else known).pop(lost, None)
+    text = "{" if lost == "everything" else json.dumps(known)
+    (tmp_path / "history.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"history.json is not what this version .* another folder"
+    ):
+        folder.history(plan, tasks, state)
 
 
 @pytest.mark.parametrize("odd", ["metric", "weight", "head"])

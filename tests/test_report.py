@@ -5,7 +5,6 @@ import io
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from mats_lightning.figures import plot_residuals, plot_scores, plot_seconds
 from mats_lightning.report import (
     Row,
     average,
-    plot_residuals,
-    plot_scores,
-    plot_seconds,
     print_table,
     relative,
     write_csv,
@@ -46,11 +43,6 @@ OUTPUTS: list[Callable[[Sequence[Row], Path], None]] = [
 output = pytest.mark.parametrize("write", OUTPUTS, ids=["print", "markdown", "csv", "plot"])
 
 
-@dataclass(frozen=True)
-class Block:
-    residuals: list[float]
-
-
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved."""
@@ -73,9 +65,9 @@ def printed(rows: Sequence[Row], width: int = 200) -> list[str]:
 
 def test_average_and_relative() -> None:
     assert average(MERGED) == pytest.approx(2.0 / 3)
-    assert relative(MERGED, INDIVIDUAL) == pytest.approx((0.75 + 0.9 + 1.0) / 3)
-    assert relative(AVERAGE, INDIVIDUAL) == pytest.approx((0.5 + 0.4 + 0.5) / 3)
-    assert relative(INDIVIDUAL, INDIVIDUAL) == 1.0
+    assert relative(MERGED.scores, INDIVIDUAL.scores) == pytest.approx((0.75 + 0.9 + 1.0) / 3)
+    assert relative(AVERAGE.scores, INDIVIDUAL.scores) == pytest.approx((0.5 + 0.4 + 0.5) / 3)
+    assert relative(INDIVIDUAL.scores, INDIVIDUAL.scores) == 1.0
 
 
 @pytest.mark.parametrize("width", [80, 20, 200])
@@ -118,7 +110,7 @@ def test_csv_has_all_digits(tmp_path: Path) -> None:
     assert second["settings"] == "a, b"
     assert {task: float(second[task]) for task in third.scores} == third.scores
     assert float(second["average"]) == average(third)
-    assert float(second["relative"]) == relative(third, INDIVIDUAL)
+    assert float(second["relative"]) == relative(third.scores, INDIVIDUAL.scores)
 
 
 def test_without_individual_there_is_no_relative_column(
@@ -165,9 +157,13 @@ def test_rows_that_make_no_table(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_relative_to_a_row_of_other_tasks() -> None:
-    with pytest.raises(ValueError, match="'individual' and 'ties' are of unequal tasks"):
-        relative(INDIVIDUAL, Row("ties", "", {"trec": 1.0}))
+def test_scores_of_other_tasks() -> None:
+    other = Row("ties", "", {"trec": 1.0})
+    with pytest.raises(ValueError, match="'ties' and 'individual' are of unequal tasks"):
+        print_table([INDIVIDUAL, other], "title")
+    for scores, individual in ((INDIVIDUAL.scores, other.scores), ({}, {})):
+        with pytest.raises(ValueError, match="of unequal tasks, or of none"):
+            relative(scores, individual)
 
 
 def test_plot_of_scores_shows_every_number(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -201,12 +197,12 @@ def test_plot_tells_two_rows_of_a_method_apart(tmp_path: Path, drawn: list[Figur
 
 def test_plot_of_residuals(tmp_path: Path, drawn: list[Figure]) -> None:
     plain = {
-        "q": Block([1.0, 0.5, 0.25]),
-        "k": Block([1.0, 0.1]),  # stopped early: 0.1 from there on
-        "v": Block([1.0, 0.3, 0.2]),
-        "bias": Block([]),
+        "q": [1.0, 0.5, 0.25],
+        "k": [1.0, 0.1],  # stopped early: 0.1 from there on
+        "v": [1.0, 0.3, 0.2],
+        "bias": [],
     }
-    plot_residuals({"plain": plain, "direct": {"a": Block([])}}, tmp_path / "residuals.png")
+    plot_residuals({"plain": plain, "direct": {"a": []}}, tmp_path / "residuals.png")
     (axes,) = drawn[0].axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel() == "iteration"
@@ -244,13 +240,13 @@ def test_plot_of_seconds(tmp_path: Path, drawn: list[Figure]) -> None:
 
 
 def test_plot_of_a_residual_that_is_zero(tmp_path: Path, drawn: list[Figure]) -> None:
-    plot_residuals({"exact": {"a": Block([1.0, 0.0]), "b": Block([1.0, 1e-9])}}, tmp_path / "r.png")
+    plot_residuals({"exact": {"a": [1.0, 0.0], "b": [1.0, 1e-9]}}, tmp_path / "r.png")
     low, high = drawn[0].axes[0].get_ylim()
     assert 0 < low < 1e-9 < 1 < high
 
 
-@pytest.mark.parametrize("labelled", [{}, {"plain": {}}, {"plain": {"bias": Block([])}}])
-def test_no_residuals(tmp_path: Path, labelled: dict[str, dict[str, Block]]) -> None:
+@pytest.mark.parametrize("labelled", [{}, {"plain": {}}, {"plain": {"bias": []}}])
+def test_no_residuals(tmp_path: Path, labelled: dict[str, dict[str, list[float]]]) -> None:
     with pytest.raises(ValueError, match=f"labels: {', '.join(labelled) or 'none'}"):
         plot_residuals(labelled, tmp_path / "residuals.png")
 

@@ -18,7 +18,7 @@ from test_capture import captured
 from torch import Tensor, nn
 
 from mats_lightning import Statistics, load_statistics, save_statistics, sidecar, sidecar_path
-from mats_lightning.sidecar import check_belongs, describe, write_atomically
+from mats_lightning.sidecar import check_belongs, describe
 
 PACKED = ("A/", "G/", "block_fisher/")
 
@@ -251,18 +251,6 @@ def test_a_leftover_of_the_same_process_is_in_nobodys_way(saved: Path) -> None:
     leftover.write_bytes(b"half")
     save_statistics(statistics(), saved)
     assert load_statistics(saved).examples == 10 and not leftover.exists()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(saved: Path) -> None:
-    before = saved.read_bytes()
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(saved, write)
-    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
 # -- what is refused -----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from mats_lightning import MaTSStatsCallback, load_statistics
-from mats_lightning.capture import Input
+from mats_lightning.batch_sums import Input
 
 # -- ways of training --------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """DARE: Yu et al., "Language models are super Mario", arXiv 2311.03099."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from mats_lightning.lazy import Lazy
 from mats_lightning.merging.models import Weights, check_models, merge_dtype, of_batch_norm
 from mats_lightning.merging.task_arithmetic import task_arithmetic
 from mats_lightning.merging.ties import ties
@@ -18,7 +19,7 @@ def dare(
     drop_rate: float,
     scale: float,
     *,
-    seed: int,
+    seed: int = 0,
     density: float | None = None,
     weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def dare(
 
 
 def drop_and_rescale(
-    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int
+    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int = 0
 ) -> list[Weights]:
     """theta_0 + m_i (theta_i - theta_0) / (1 - drop_rate) of each model, for any merge function.
 
@@ -62,10 +63,11 @@ def drop_and_rescale(
     return [Sparse(theta, pretrained, drop_rate, f"{seed}/{i}") for i, theta in enumerate(thetas)]
 
 
-class Sparse(Mapping[str, Tensor]):
+class Sparse(Lazy[Tensor]):
     """One model with its task vector dropped and rescaled, a parameter at a time."""
 
     def __init__(self, theta: Weights, pretrained: Weights, drop_rate: float, seed: str) -> None:
+        super().__init__(theta)
         self._theta, self._pretrained = theta, pretrained
         self._drop_rate, self._seed = drop_rate, seed
 
@@ -84,12 +86,3 @@ class Sparse(Mapping[str, Tensor]):
         kept = drawn >= self._drop_rate
         tau = (tensor - start).mul_(kept.to(tensor.device))
         return start.add(tau, alpha=1 / (1 - self._drop_rate))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._theta  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._theta)
-
-    def __len__(self) -> int:
-        return len(self._theta)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.blocks import (
+from mats_lightning.merging.curvatures import (
     check_statistics,
     task_operators,
     uncovered_value,

@@ -15,7 +15,7 @@ def iso_c(
     scale: float,
     *,
     weights: Sequence[float] | None = None,
-    averaged: Sequence[str] = (),
+    averaged: str | Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """theta_0 + scale s U V^T, where U S V^T = sum w_i (theta_i - theta_0) and s = mean(S).
 

@@ -5,14 +5,13 @@ conjugate gradient method, from a chosen start and for a chosen number of iterat
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from mats_lightning.merging.blocks import (
+from mats_lightning.merging.block_solver import BlockSolver
+from mats_lightning.merging.curvatures import (
     check_statistics,
     task_operators,
     uncovered_value,
@@ -28,39 +27,10 @@ from mats_lightning.merging.models import (
     stored_dtype,
     weighted_mean,
 )
-from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
+from mats_lightning.merging.results import MergeResult, OnBlock, objective_kinds
 from mats_lightning.operators import Operator, sum_of_products
-from mats_lightning.solvers import Solution, conjugate_gradient
+from mats_lightning.solvers import Solution
 from mats_lightning.statistics import Statistics
-
-# objective -> the statistics that give C_i, in order of preference for each parameter
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "average": ("identity",),
-    "diagonal_fisher": ("diagonal_fisher",),
-    "gram": ("gram",),
-    "kfac": ("kfac", "block_fisher"),
-}
-OnBlock = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Block:
-    """How the solve of one parameter went."""
-
-    statistic: str
-    iterations: int
-    residuals: list[float]  # |b - C theta| / |b| after 0, 1, ... iterations
-    converged: bool
-    at_edge: bool  # it ended at the `radius`
-
-
-@dataclass(eq=False)
-class MergeResult:
-    """The merged state dict, the evidence for each block, and what no statistic covered."""
-
-    state_dict: dict[str, Tensor]
-    blocks: dict[str, Block] = field(default_factory=dict)
-    uncovered: list[str] = field(default_factory=list)
 
 
 class Options(TypedDict, total=False):
@@ -150,8 +120,9 @@ def mats(
             K-FAC is far from the true curvature, its solution can lie hundreds away and be worth
             nothing. None sets no bound, as in the paper.
         floor: the least value of a diagonal Fisher.
-        normalize: each C_i divided by its mean eigenvalue, a block at a time, so that a task whose
-            model fits its rows too well to have much curvature counts too; the paper does not.
+        normalize: divide each C_i by its mean eigenvalue, block by block. Otherwise a task whose
+            model fits its rows very well has almost no curvature, and hardly counts. The paper
+            does not.
         fold_bias: solve for [W b] together, with the A of the inputs with a 1 behind them, where
             a weight has A and a bias; else biases are blocks of their own, or uncovered (gram).
         tolerance: a block whose relative residual is below it is done.
@@ -169,10 +140,7 @@ def mats(
     counts = [iterations] if isinstance(iterations, int) else list(iterations)
     if not counts or min(counts) < 0:
         raise ValueError(f"iterations={iterations}: give counts that are not negative")
-    if preconditioner not in (*PRECONDITIONERS, None):
-        known = ", ".join(map(repr, PRECONDITIONERS))
-        raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
-    check_range("preconditioner_damping", preconditioner_damping)
+    solver = BlockSolver(preconditioner, preconditioner_damping, tolerance)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
     check_range("radius", radius or 0.0)
@@ -202,6 +170,7 @@ def mats(
         if bias is not None:
             blocks = [beside(x, source[bias]) for x, source in zip(blocks, sources, strict=True)]
         solution = _solve(
+            solver,
             name,
             task_operators(  # nothing here holds them: they go before those of the next block come
                 name,
@@ -217,19 +186,11 @@ def mats(
             ),
             blocks[: len(thetas)],
             weighted_mean(blocks, w) if start is None else blocks[-1],
-            preconditioner,
-            preconditioner_damping,
             radius,
-            tolerance,
             counts,
         )
         for count, result in results.items():
-            done = min(count, solution.iterations)
-            residuals = solution.residuals[: done + 1]
-            value = solution.kept[count]
-            at_edge = solution.at_edge and done == solution.iterations
-            converged = residuals[-1] <= tolerance
-            block = Block(kind_of[name], done, residuals, converged, at_edge)
+            value, block = solution.kept[count], solver.block(kind_of[name], solution, count)
             if bias is not None:
                 of_bias = stored_dtype([theta[bias] for theta in thetas])
                 result.state_dict[bias] = value[:, -1].to(of_bias)
@@ -242,56 +203,26 @@ def mats(
 
 
 def _solve(
+    solver: BlockSolver,
     name: str,
     operators: Sequence[Operator],
     tensors: Sequence[Tensor],
     x0: Tensor,
-    preconditioner: str | None,
-    preconditioner_damping: float,
     radius: float | None,
-    tolerance: float,
     counts: Sequence[int],
 ) -> Solution:
     """x with sum C_i x = sum C_i theta_i, and its states after these counts of iterations."""
-
-    def matvec(x: Tensor) -> Tensor:
-        return sum_of_products(operators, repeat(x, len(operators)))
 
     def residual(x: Tensor) -> Tensor:
         """Small differences are multiplied, not large products subtracted."""
         return sum_of_products(operators, (t - x for t in tensors))
 
-    inverse = None
+    reach = math.inf if radius is None else radius * distance(tensors, x0)
     try:
-        if preconditioner is not None:
-            inverse = block_preconditioner(operators, preconditioner_damping, preconditioner)
-        return conjugate_gradient(
-            matvec,
-            sum_of_products(operators, tensors),
-            x0,
-            iterations=max(counts),
-            tolerance=tolerance,
-            preconditioner=inverse,
-            residual=residual,
-            radius=math.inf if radius is None else radius * distance(tensors, x0),
-            keep=counts,
-        )
+        b = sum_of_products(operators, tensors)
+        return solver.solve(operators, b, x0, counts, reach, residual)
     except ValueError as error:
         raise ValueError(f"MaTS of '{name}': {error}") from error
-
-
-def objective_kinds(objective: str | Sequence[str]) -> tuple[str, ...]:
-    """The statistics of an objective. Raises ValueError for names that do not exist."""
-    known = sorted({kind for kinds in OBJECTIVES.values() for kind in kinds})
-    if isinstance(objective, str):
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective={objective!r}; choose from {', '.join(OBJECTIVES)}")
-        return OBJECTIVES[objective]
-    if unknown := [kind for kind in objective if kind not in known]:
-        raise ValueError(f"no statistic is called {unknown[0]!r}; there are {', '.join(known)}")
-    if not objective:
-        raise ValueError(f"the objective is empty: name statistics out of {', '.join(known)}")
-    return tuple(objective)
 
 
 def _start(

@@ -14,6 +14,7 @@ from mats_lightning.operators import (
     Identity,
     KroneckerFactored,
     Operator,
+    undamped,
 )
 from mats_lightning.solvers import (
     Function,
@@ -40,7 +41,7 @@ def block_preconditioner(
     Raises ValueError for Kronecker factors that have no closed form, with "exact".
     """
     shift = sum(c.shift for c in operators if isinstance(c, Damped))
-    parts = [c.operator if isinstance(c, Damped) else c for c in operators]
+    parts = [undamped(c) for c in operators]
     mean = sum(c.mean_eigenvalue() for c in parts)
     if mean <= 0 or isinstance(parts[0], Identity):
         return None

@@ -15,14 +15,13 @@ rests where the losses' gradients cancel.
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.blocks import balance, covering_statistics, task_curvatures
+from mats_lightning.merging.block_solver import BlockSolver
+from mats_lightning.merging.curvatures import balance, covering_statistics, task_curvatures
 from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
-from mats_lightning.merging.mats import Block, MergeResult, OnBlock, objective_kinds
 from mats_lightning.merging.models import (
     Weights,
     check_models,
@@ -33,9 +32,8 @@ from mats_lightning.merging.models import (
     names_with,
     of_batch_norm,
 )
-from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
-from mats_lightning.operators import Damped, Operator, sum_of_products
-from mats_lightning.solvers import conjugate_gradient
+from mats_lightning.merging.results import Block, MergeResult, OnBlock, objective_kinds
+from mats_lightning.operators import Operator, sum_of_products, undamped
 from mats_lightning.statistics import Statistics
 
 OF_LOSS = ("kfac", "block_fisher", "diagonal_fisher")  # curvatures with the scale of the loss
@@ -96,13 +94,10 @@ def refresh_step(
     lengths = {"damping": damping, "floor": floor, "radius": radius or 0.0}
     for option, value in {"step": step, **lengths}.items():
         check_range(option, value)
-    check_range("preconditioner_damping", preconditioner_damping)
+    solver = BlockSolver(preconditioner, preconditioner_damping, tolerance)
     check_range("off_diagonal", off_diagonal, highest=1)
     if iterations < 0:
         raise ValueError(f"iterations={iterations}: it cannot be negative")
-    if preconditioner not in (*PRECONDITIONERS, None):
-        known = ", ".join(map(repr, PRECONDITIONERS))
-        raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
     kind_of = covering_statistics(names, objective_kinds(objective), statistics)
     stay = names_with(kept, list(names), "kept")
     for name in stay:
@@ -145,18 +140,13 @@ def refresh_step(
             if radius is not None and thetas:
                 away = [theta[name].detach().to(theta_m) for theta in thetas]
                 reach = radius * distance(away, theta_m)
-            delta, result.blocks[name] = _solve(
-                operators if any(scales) else [],
-                b,
-                kind_of[name],
-                preconditioner,
-                preconditioner_damping,
-                reach,
-                tolerance,
-                iterations,
-            )
+            delta, block = torch.zeros_like(b), Block(kind_of[name], 0, [0.0], True, False)
+            if any(scales):  # or else there is no curvature in any task
+                solution = solver.solve(operators, b, delta, [iterations], reach)
+                delta, block = solution.value, solver.block(kind_of[name], solution, iterations)
         except ValueError as error:
             raise ValueError(f"refresh of '{name}': {error}") from error
+        result.blocks[name] = block
         result.state_dict[name] = (theta_m + step * form.back(delta)).to(before.dtype)
     return result
 
@@ -188,9 +178,9 @@ def _match(
     name: str,
 ) -> Tensor:
     """sum s_i C_i (theta_i - theta_m), without the damping."""
-    bare = [c.operator if isinstance(c, Damped) else c for c in operators]
     return sum_of_products(
-        bare, (form.of(theta[name].detach().to(theta_m) - theta_m) for theta in thetas)
+        [undamped(c) for c in operators],
+        (form.of(theta[name].detach().to(theta_m) - theta_m) for theta in thetas),
     )
 
 
@@ -212,36 +202,6 @@ def _slope(
             )
         total.add_(gradient.to(theta_m), alpha=scale)
     return form.of(total)
-
-
-def _solve(
-    operators: Sequence[Operator],
-    b: Tensor,
-    kind: str,
-    preconditioner: str | None,
-    preconditioner_damping: float,
-    radius: float,
-    tolerance: float,
-    iterations: int,
-) -> tuple[Tensor, Block]:
-    """delta with sum C_i delta = b, from 0; 0 where there is no curvature in any task."""
-    if not operators:
-        return torch.zeros_like(b), Block(kind, 0, [0.0], True, False)
-    inverse = None
-    if preconditioner is not None:
-        inverse = block_preconditioner(operators, preconditioner_damping, preconditioner)
-    solution = conjugate_gradient(
-        lambda x: sum_of_products(operators, repeat(x, len(operators))),
-        b,
-        torch.zeros_like(b),
-        iterations=iterations,
-        tolerance=tolerance,
-        preconditioner=inverse,
-        radius=radius,
-    )
-    steps, residuals = solution.iterations, solution.residuals
-    block = Block(kind, steps, residuals, solution.converged, solution.at_edge)
-    return solution.value, block
 
 
 def _check_gradients(kind_of: dict[str, str], statistics: Sequence[Statistics]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.blocks import (
+from mats_lightning.merging.curvatures import (
     check_statistics,
     task_operators,
     uncovered_value,
@@ -19,7 +19,7 @@ from mats_lightning.merging.models import (
     parameters,
     stored_dtype,
 )
-from mats_lightning.operators import Damped, Diagonal, Operator
+from mats_lightning.operators import Diagonal, Operator, undamped
 from mats_lightning.solvers import symmetric_inverse
 from mats_lightning.statistics import Statistics
 
@@ -100,8 +100,7 @@ def regmean(
 
 def _closed_form(operators: Sequence[Operator], b: Tensor) -> Tensor:
     """The X with sum C_i X = B, each C_i a product with a matrix from the right, or diagonal."""
-    first = operators[0].operator if isinstance(operators[0], Damped) else operators[0]
-    if isinstance(first, Diagonal):
+    if isinstance(undamped(operators[0]), Diagonal):
         one = b.new_ones(len(b), 1)
         total = sum((c.matvec(one) for c in operators), torch.zeros_like(one))
         if not bool((total > 0).all()):

@@ -23,7 +23,7 @@ def merge_matrices(
     pretrained: Weights,
     scale: float,
     weights: Sequence[float] | None,
-    averaged: Sequence[str],
+    averaged: str | Sequence[str],
     combine: Combine,
 ) -> dict[str, Tensor]:
     """theta_0 + scale combine([w_i tau_i]) for matrices, theta_0 + scale mean(tau_i) for the rest.

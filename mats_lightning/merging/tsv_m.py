@@ -16,7 +16,7 @@ def tsv_m(
     *,
     rank_fraction: float | None = None,
     weights: Sequence[float] | None = None,
-    averaged: Sequence[str] = (),
+    averaged: str | Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """theta_0 + scale P(U) S P(V)^T, with U = [U_1 ... U_T] and V alike.
 

@@ -13,14 +13,12 @@ from mats_lightning.statistics.record import (
     BLOCK,
     DIAGONAL,
     GRADIENT,
+    GRAM,
+    KFAC,
     OF_INPUTS,
     OUTPUT,
     Statistics,
 )
-
-GRAM, KFAC = "gram", "kfac"
-KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)  # of curvature
-ALL_KINDS = (*KINDS, GRADIENT)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def cut(x: Tensor, sizes: tuple[int, int]) -> Tensor:
 def accumulating(
     tensors: dict[str, Tensor], key: str, shape: Sequence[int], like: Tensor, home: torch.device
 ) -> Iterator[Tensor]:
-    """What is added to the tensor that this gives, where `like` is, is added to tensors[key].
+    """Yields a tensor beside `like` to add to; what was added is then in tensors[key].
 
     That one is made of zeros on `home` where it is not there yet.
     """

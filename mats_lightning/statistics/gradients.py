@@ -5,44 +5,42 @@ products for the block Fisher. Shapes: N examples, R positions an example (token
 sharing), d_in and d_out features.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class ExampleGradients(Protocol):
-    """What every form offers; `example` is the gradient of one example's loss, made dense."""
+class ExampleGradients(ABC):
+    """What every form offers. grad_n is the gradient of example n's loss."""
 
+    g: Tensor  # (N, ...)
+
+    @property
+    def examples(self) -> int:
+        return self.g.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.g.device
+
+    @abstractmethod
     def add_squares(self, total: Tensor) -> None:
         """total += sum_n grad_n * grad_n, elementwise, in place."""
 
+    @abstractmethod
     def add_example(self, n: int, gradient: Tensor) -> None:
         """gradient += grad_n, in place."""
 
-    @property
-    def examples(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
 
 @dataclass(frozen=True, eq=False)
-class MatrixGradients:
+class MatrixGradients(ExampleGradients):
     """grad_n = sum_r g_nr a_nr^T of a weight (d_out, d_in), never formed for all n at once."""
 
     a: Tensor  # (N, R, d_in)
     g: Tensor  # (N, R, d_out)
-
-    @property
-    def examples(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.a.device
 
     def add_squares(self, total: Tensor) -> None:
         if self.a.shape[1] == 1:  # (g a^T)^2 = (g^2) (a^2)^T: one product for all examples
@@ -66,21 +64,13 @@ class MatrixGradients:
 
 
 @dataclass(frozen=True, eq=False)
-class PatchGradients:
+class PatchGradients(ExampleGradients):
     """grad_n = sum_r g_nr a_nr^T for each group of a convolution, unfolded an example at a time."""
 
     a: Tensor  # (N, channels, *spatial)
     g: Tensor  # (N, channels of the output, R)
     groups: int
     patches: Callable[[Tensor], Tensor]  # a -> (N, R, groups, d_in)
-
-    @property
-    def examples(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.a.device
 
     def add_squares(self, total: Tensor) -> None:
         for n in range(self.examples):
@@ -97,45 +87,29 @@ class PatchGradients:
 
 
 @dataclass(frozen=True, eq=False)
-class VectorGradients:
+class VectorGradients(ExampleGradients):
     """grad_n of a vector: the sum over positions is already taken."""
 
-    v: Tensor  # (N, d)
-
-    @property
-    def examples(self) -> int:
-        return self.v.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.v.device
+    g: Tensor  # (N, d)
 
     def add_squares(self, total: Tensor) -> None:
-        total.add_(self.v.square().sum(0).view_as(total))
+        total.add_(self.g.square().sum(0).view_as(total))
 
     def add_example(self, n: int, gradient: Tensor) -> None:
-        gradient.add_(self.v[n].view_as(gradient))
+        gradient.add_(self.g[n].view_as(gradient))
 
     def add_outer(self, total: Tensor) -> None:
         """total += sum_n grad_n grad_n^T, (d, d)."""
-        total.addmm_(self.v.T, self.v)
+        total.addmm_(self.g.T, self.g)
 
 
 @dataclass(frozen=True, eq=False)
-class LookupGradients:
+class LookupGradients(ExampleGradients):
     """grad_n of an embedding (rows, d): row t receives the g of the positions whose id is t."""
 
     ids: Tensor  # (N, R)
     g: Tensor  # (N, R, d)
     padding_idx: int | None
-
-    @property
-    def examples(self) -> int:
-        return self.ids.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.ids.device
 
     def add_squares(self, total: Tensor) -> None:
         n, rows = self.examples, total.shape[0]

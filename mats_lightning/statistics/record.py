@@ -1,11 +1,13 @@
 """Statistics: raw sums with their counts, divided once, on access."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+from mats_lightning.lazy import Lazy
 
 T = TypeVar("T")
 
@@ -21,29 +23,25 @@ GRADIENT = "gradient"  # parameter -> sum_n grad_n of the loss, shape of the par
 # G of K-FAC with reduce: sum over examples of their summed g's g g^T. A, a and G of a convolution
 # with groups, or cut into blocks, have an axis of these in front.
 OF_INPUTS = (INPUT, INPUT_SUM, REDUCED, COUNTS)
+# what is asked for, where it is made of several sums
+GRAM, KFAC = "gram", "kfac"
+KINDS = (DIAGONAL, GRAM, KFAC, BLOCK)  # of curvature
+ALL_KINDS = (*KINDS, GRADIENT)
 
 
-class View(Mapping[str, T], Generic[T]):
-    """A read-only mapping whose values are computed when they are asked for."""
+class View(Lazy[T]):
+    """Computes its values; says what there is where a name is unknown."""
 
     def __init__(self, what: str, names: list[str], get: Callable[[str], T]) -> None:
-        self._what, self._names, self._get = what, dict.fromkeys(names), get
+        super().__init__(names)
+        self._what, self._get = what, get
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._names:
-            known = ", ".join(list(self._names)[:3]) or "none at all"
+        if name not in self:
+            known = ", ".join(list(self)[:3]) or "none at all"
             more = ", ..." if len(self) > 3 else ""
             raise KeyError(f"no {self._what} of '{name}'; there are: {known}{more}")
         return self._get(name)
-
-    def __contains__(self, name: object) -> bool:  # without computing it
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def finite(tensor: Tensor) -> bool:

@@ -63,7 +63,7 @@ class Sums:
     def add_gradients(self, parameter: str, parts: list[ExampleGradients]) -> None:
         """Diagonal and block Fisher, of all uses of a parameter in the batch."""
         kinds = self.coverage.rows[parameter].statistics
-        vectors = [part.v for part in parts if isinstance(part, VectorGradients)]
+        vectors = [part.g for part in parts if isinstance(part, VectorGradients)]
         if len(vectors) == len(parts):  # several uses of a vector: one sum an example
             parts = [VectorGradients(torch.stack(vectors).sum(0))]
         if DIAGONAL in kinds:

@@ -10,10 +10,6 @@ from torch.nn.utils import parametrize
 from mats_lightning.names import plain_name
 from mats_lightning.statistics.adapters import adapter_rule
 from mats_lightning.statistics.coverage import (
-    ALL_KINDS,
-    GRAM,
-    KFAC,
-    KINDS,
     Coverage,
     CoveredModule,
     MatrixSizes,
@@ -21,14 +17,35 @@ from mats_lightning.statistics.coverage import (
     sum_dtype,
 )
 from mats_lightning.statistics.layers import RULES, Rule, leaf_rule, rule_for
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT
+from mats_lightning.statistics.record import ALL_KINDS, BLOCK, DIAGONAL, GRADIENT, GRAM, KFAC, KINDS
 
 WEIGHT_SHARING = ("expand", "reduce")
 
 
+def check_kinds(kinds: str | Iterable[str], weight_sharing: str) -> tuple[str, ...]:
+    """The kinds of statistics, of which there may be one.
+
+    Raises ValueError for a kind, or a way of K-FAC, that does not exist, for none, and for the
+    gradient alone.
+    """
+    chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if unknown := sorted(set(chosen) - set(ALL_KINDS)):
+        known = ", ".join(ALL_KINDS)
+        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {known}")
+    if set(chosen) == {GRADIENT}:
+        raise ValueError(f"the gradient is taken beside a curvature: add one of {', '.join(KINDS)}")
+    if not chosen:
+        raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
+    if weight_sharing not in WEIGHT_SHARING:
+        raise ValueError(
+            f"weight_sharing={weight_sharing!r}; choose from {', '.join(WEIGHT_SHARING)}"
+        )
+    return chosen
+
+
 def find_coverage(
     model: nn.Module,
-    kinds: Iterable[str],
+    kinds: str | Iterable[str],
     max_factor_size: int,
     weight_sharing: str = "expand",
     adapted_weights: bool = False,
@@ -40,21 +57,9 @@ def find_coverage(
 
     The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
 
-    Raises ValueError for a kind of statistic, or a way of K-FAC, that does not exist, for the
-    gradient alone, and for lazy modules that have not been called.
+    Raises ValueError as `check_kinds` does, and for lazy modules that have not been called.
     """
-    wanted = set(kinds)
-    if unknown := sorted(wanted - set(ALL_KINDS)):
-        known = ", ".join(ALL_KINDS)
-        raise ValueError(f"no statistic is called '{unknown[0]}'; choose from {known}")
-    if wanted == {GRADIENT}:
-        raise ValueError(f"the gradient is taken beside a curvature: add one of {', '.join(KINDS)}")
-    if not wanted:
-        raise ValueError(f"no statistic is chosen; choose from {', '.join(KINDS)}")
-    if weight_sharing not in WEIGHT_SHARING:
-        raise ValueError(
-            f"weight_sharing={weight_sharing!r}; choose from {', '.join(WEIGHT_SHARING)}"
-        )
+    wanted = set(check_kinds(kinds, weight_sharing))
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(

@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mats_lightning import MergeModule, Statistics, Task, load_statistics, merging, save_statistics
-from mats_lightning.merging.blocks import task_operators
+from mats_lightning.merging.curvatures import task_operators
 from mats_lightning.merging.mats import Options
 from mats_lightning.merging.preconditioner import block_preconditioner
 from mats_lightning.operators import KroneckerFactored, sum_of_products

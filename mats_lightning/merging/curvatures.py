@@ -261,10 +261,10 @@ def check_statistics(
     fold_bias: bool = False,
     averaged: str | Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """parameter -> the statistic that its C_i are made of; weight -> bias solved for with it.
+    """Two mappings: parameter -> the statistic of its C_i; weight -> the bias solved for with it.
 
-    It is the identity for names that have one of the regular expressions `averaged`. A parameter
-    that is in neither is uncovered. Raises ValueError for a wrong count of
+    The statistic is "identity" for names that match one of the regular expressions `averaged`. A
+    parameter that is in neither mapping is uncovered. Raises ValueError for a wrong count of
     statistics, what `covering_statistics` raises, an expression that no name has, a wrong choice of
     `uncovered`, or, with "error", an uncovered parameter.
     """

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 
 from mats_lightning.sidecar import sidecar_path
 
-__all__ = ["ADAPTERS", "STATISTICS", "adapted", "load_head", "save_adapter"]
-
 ADAPTERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {  # peft's configuration, our defaults
     # on the layers that peft knows for the architecture: keys, values and the feed-forward part
     "ia3": (IA3Config, {}),

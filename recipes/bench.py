@@ -22,18 +22,6 @@ from torch import Tensor
 
 from mats_lightning import MergeModule, Task
 
-__all__ = [
-    "Bench",
-    "Cell",
-    "Find",
-    "Merge",
-    "Opened",
-    "Steps",
-    "evaluate",
-    "evaluation_trainer",
-    "find_cell",
-]
-
 T = TypeVar("T")
 
 

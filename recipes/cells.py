@@ -19,8 +19,6 @@ from train_tasks import training_of, write_json
 from mats_lightning import Task
 from mats_lightning.sidecar import versions
 
-__all__ = ["Cells", "cells_of_tasks", "rows_digest"]
-
 
 class Cells:
     """A folder with a file a cell; each is written whole, or not at all.

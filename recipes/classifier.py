@@ -21,8 +21,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from typing_extensions import override
 
-__all__ = ["Batch", "Classifier", "optimizer_and_schedule"]
-
 Batch = Mapping[str, Tensor]
 
 

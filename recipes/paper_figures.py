@@ -17,8 +17,6 @@ from paper_tables import Record, merge_seconds
 from mats_lightning.joint import REFERENCES
 from mats_lightning.sidecar import write_atomically
 
-__all__ = ["write_figures"]
-
 STYLES = ("--", "-", ":", "-.")  # of the solvers, in their order
 MARKERS = "os^Dv*P"
 

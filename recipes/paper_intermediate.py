@@ -16,8 +16,6 @@ from paper_seeds import Seed, Suite, cells_of
 from paper_settings import Intermediate
 from paper_tables import Record, added, method_records
 
-__all__ = ["TransferTable"]
-
 ALONE, ALL_ROWS = "alone", "alone, all rows"
 
 

@@ -14,8 +14,6 @@ from typing_extensions import override
 
 from mats_lightning.joint import REFERENCES
 
-__all__ = ["AblationTable", "StartTable"]
-
 
 @dataclass(frozen=True)
 class Line:

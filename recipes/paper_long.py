@@ -14,8 +14,6 @@ from paper_tables import Record
 
 from mats_lightning.sidecar import write_atomically
 
-__all__ = ["MISSING", "relative", "write_long"]
-
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
 RELATIVE = ("methods", "refresh")  # tables of all tasks

@@ -16,8 +16,6 @@ from train_tasks import folder_of
 
 from mats_lightning import MergeModule, RefreshPlan
 
-__all__ = ["RefreshTable"]
-
 RIVALS = ("together", "from the merge")
 SPLITS = ("validation", "test")
 

@@ -14,9 +14,6 @@ from paper_tables import Record, merge_seconds
 
 from mats_lightning.joint import REFERENCES
 
-__all__ = ["tables_in"]
-
-
 METHODS_ON_TEST = ("methods", "test")
 
 

@@ -29,8 +29,6 @@ from train_tasks import (
 from mats_lightning import Task, collect_statistics, save_statistics
 from mats_lightning.sidecar import sidecar_path
 
-__all__ = ["Seed", "Suite", "cells_of"]
-
 
 class Suite:
     """Tasks of one set of options: what their cells are called, and their fine-tunes.

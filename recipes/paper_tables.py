@@ -18,16 +18,6 @@ from paper_settings import Setting
 
 from mats_lightning.joint import REFERENCES
 
-__all__ = [
-    "MethodTable",
-    "Record",
-    "Table",
-    "added",
-    "chosen_point",
-    "merge_seconds",
-    "method_records",
-]
-
 
 @dataclass(frozen=True)
 class Record:

@@ -23,8 +23,6 @@ from typing_extensions import override
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.batches import first_rows
 
-__all__ = ["Rival", "Start", "train_rival"]
-
 WARM_UP = 0.1  # of all steps, or of the time
 
 

@@ -11,8 +11,6 @@ from mats_lightning import MergeModule, RefreshPlan, refresh
 from mats_lightning.merging import MergeResult
 from mats_lightning.rounds import Folder, Round
 
-__all__ = ["Before", "Tested", "run_plan", "seconds_of", "tested", "with_kept"]
-
 
 @dataclass(frozen=True)
 class Tested:

@@ -14,8 +14,6 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedToken
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from typing_extensions import override
 
-__all__ = ["TextData"]
-
 
 class TextData(LabelledData):
     """One of the seven tasks of text_tasks.py (`task`), or any other data set (`hub`).

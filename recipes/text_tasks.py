@@ -7,8 +7,6 @@ from pathlib import Path
 from datasets import Dataset, Value
 from packaged_tasks import PackagedTask, Rows, labelled_rows
 
-__all__ = ["TASKS", "read_task"]
-
 POLARITY = ("negative", "positive")
 
 

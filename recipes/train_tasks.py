@@ -38,26 +38,6 @@ from torch import Tensor
 from mats_lightning import MaTSStatsCallback, Task
 from mats_lightning.sidecar import sidecar_path, write_atomically
 
-__all__ = [
-    "COMMON",
-    "TrainedTask",
-    "as_task",
-    "checkpoint_in",
-    "finished",
-    "folder_of",
-    "return_memory",
-    "statistics_callback",
-    "task_data",
-    "task_folder",
-    "task_module",
-    "task_settings",
-    "train",
-    "train_task",
-    "training_of",
-    "write_json",
-    "write_text",
-]
-
 # the options that every fine-tune of a comparison shares
 COMMON = ("model", "epochs", "learning_rate", "batch_size", "train_rows", "seed")
 

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters import STATISTICS
-from bench import Bench, Steps
+from bench import Bench
 from cells import cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, check_fit, forget
 from merge_options import MethodOptions, Options, parse_options
+from steps import Steps
 from torch import Tensor
 from train_tasks import as_task, task_data, task_module, train_task, write_json
 
@@ -60,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> list[Outcome]:
     clock = [time.perf_counter()]
     tasks, trained = finetuned_tasks(options)
     clock.append(time.perf_counter())
-    cells = cells_of_tasks(options.output_dir / "cells", tasks)
+    cells = cells_of_tasks(options.output_dir, tasks)
     if options.again:
         forget({**INDIVIDUAL, **options.methods}, cells)
     with Steps() as steps:

@@ -19,7 +19,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import Steps
 from merge import check_methods_fit, quiet_lightning
 from paper_cost import CostTable
 from paper_figures import write_figures
@@ -32,6 +31,7 @@ from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
 from paper_tables import MethodTable, Record, Table
 from rich.console import Console
+from steps import Steps
 from train_tasks import write_text
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from bench import Cell
+from cells import Cell
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench import Cell
+from cells import Cell
 from paper_tables import Record
 
 from mats_lightning.sidecar import write_atomically

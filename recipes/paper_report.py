@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from bench import Cell
+from cells import Cell
 from paper_long import MISSING, relative
 from paper_tables import Record, merge_seconds
 

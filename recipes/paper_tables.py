@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bench import Cell, Find, Merge, Opened, Steps
+from bench import Opened
+from cells import Cell, Cells, Merge
 from compare import INDIVIDUAL, Comparison, choose, forget, merges_of, steps_of
 from merge_options import MethodOptions
 from paper_seeds import Seed
 from paper_settings import Setting
+from steps import Steps
 
 from mats_lightning.joint import REFERENCES
 
@@ -78,7 +80,7 @@ def described(options: Mapping[str, Any]) -> str:
 
 
 def method_records(
-    methods: Mapping[str, MethodOptions], find: Find, seed: int, table: str, case: str = ""
+    methods: Mapping[str, MethodOptions], cells: Cells, seed: int, table: str, case: str = ""
 ) -> Iterator[Record]:
     """Each point of each grid on validation, and what is best there on test."""
     for label, method in methods.items():
@@ -91,7 +93,7 @@ def method_records(
             grid: Mapping[str, Any] = method.grid,
         ) -> Record:
             tried = {name: value for name, value in merge.options.items() if name in grid}
-            cell = find(merge, count, split)
+            cell = cells.find(merge, count, split)
             return Record(seed, table, case, label, described(tried), count, split, cell)
 
         merges = list(merges_of(method))
@@ -101,7 +103,7 @@ def method_records(
         for merge in merges:
             for count in merge.counts:
                 yield record("validation", merge, count)
-        if (chosen := choose(find, merges)) is not None:
+        if (chosen := choose(cells, merges)) is not None:
             yield record("test", *chosen[:2])
         else:
             yield Record(seed, table, case, label, "not chosen yet", 0, "test", None)
@@ -126,7 +128,7 @@ def merge_seconds(tested: Record, records: Sequence[Record]) -> float | None:
     return last.cell.merge_seconds
 
 
-def chosen_point(find: Find, method: MethodOptions) -> tuple[Merge, int] | None:
+def chosen_point(cells: Cells, method: MethodOptions) -> tuple[Merge, int] | None:
     """What these validation cells choose of the method, where all of them are there.
 
     A method that has but one point needs none.
@@ -134,7 +136,7 @@ def chosen_point(find: Find, method: MethodOptions) -> tuple[Merge, int] | None:
     merges = list(merges_of(method))
     if len(merges) == len(merges[0].counts) == 1:
         return merges[0], merges[0].counts[0]
-    chosen = choose(find, merges)
+    chosen = choose(cells, merges)
     return None if chosen is None else chosen[:2]
 
 
@@ -154,19 +156,19 @@ class MethodTable:
     def records(self) -> Iterator[Record]:
         number = self.seed.seed
         if self.first is None:
-            yield from method_records(self.methods, self.seed.find, number, "methods")
+            yield from method_records(self.methods, self.seed.cells, number, "methods")
         else:
             for label, method in self.methods.items():
                 yield self._tested(label, method)
         if self.multitask:
-            cell = self.seed.multitask_cell()
+            cell = self.seed.cells.at(self.seed.multitask_key)
             yield Record(number, "methods", "", "multitask", "", 0, "test", cell)
 
     def _points(self, first: Seed) -> dict[str, tuple[Merge, int]]:
         """All of them, or an error."""
         points = {}
         for label, method in self.methods.items():
-            if (point := chosen_point(first.find, method)) is None:
+            if (point := chosen_point(first.cells, method)) is None:
                 raise ValueError(
                     f"{label}: seed {self.seed.seed} tests what seed {first.seed} chose on its"
                     f" validation rows, and that is not measured yet: run seed {first.seed}"
@@ -177,22 +179,22 @@ class MethodTable:
     def _tested(self, label: str, method: MethodOptions) -> Record:
         """One method at a later seed."""
         assert self.first is not None
-        point = chosen_point(self.first.find, method)
+        point = chosen_point(self.first.cells, method)
         about = (self.seed.seed, "methods", "", label)
         if point is None:
             return Record(*about, "not chosen yet", 0, "test", None)
         merge, count = point
         tried = {name: value for name, value in merge.options.items() if name in method.grid}
-        return Record(*about, described(tried), count, "test", self.seed.find(*point, "test"))
+        return Record(*about, described(tried), count, "test", self.seed.cells.find(*point, "test"))
 
     def steps_left(self) -> tuple[int, int]:
         if self.first is None:
-            counted = [steps_of(self.seed.find, method) for method in self.methods.values()]
+            counted = [steps_of(self.seed.cells, method) for method in self.methods.values()]
         else:
             done = [self._tested(*entry).cell is not None for entry in self.methods.items()]
             counted = [(2, 2 * tested) for tested in done]
         if self.multitask:
-            counted.append((1, int(self.seed.multitask_cell() is not None)))
+            counted.append((1, int(self.seed.cells.at(self.seed.multitask_key) is not None)))
         return added(counted)
 
     def run(self, steps: Steps) -> None:
@@ -205,7 +207,7 @@ class MethodTable:
         for label, (merge, count) in points.items():
             cell = Opened(bench, merge, label).cell(count, "test", alone=True)
             steps.say(f"{label}: {cell.average:.3f} on test")
-        if self.multitask and self.seed.multitask_cell() is None:
+        if self.multitask and self.seed.cells.at(self.seed.multitask_key) is None:
             self.seed.measure_multitask(steps)
 
     def forget(self) -> None:

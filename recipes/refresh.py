@@ -30,14 +30,15 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench import Bench, Merge, Steps, evaluate
-from cells import cells_of_tasks
+from bench import Bench, evaluate
+from cells import Merge, cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
 from jsonargparse import ArgumentParser
 from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
 from merge_options import MethodOptions, Options, parse_options
 from refresh_rivals import Start, train_rival
 from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
+from steps import Steps
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
@@ -92,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     methods = {own.method: chosen(options, own.method)}
     check_methods_fit(options, methods)
     tasks, _ = finetuned_tasks(options)
-    cells = cells_of_tasks(options.output_dir / "cells", tasks)
+    cells = cells_of_tasks(options.output_dir, tasks)
     if options.again:
         forget({**INDIVIDUAL, **methods}, cells)
     with Steps() as steps:

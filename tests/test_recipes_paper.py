@@ -17,8 +17,8 @@ import pytest
 import torch
 import train_tasks
 import yaml
-from bench import Cell, Merge, Opened
-from cells import Cells
+from bench import Opened
+from cells import Cell, Cells, Merge
 from compare import merges_of
 from paper_lines import AblationTable, StartTable
 from paper_seeds import Seed, Suite
@@ -522,14 +522,14 @@ def test_cells_are_of_one_training(tmp_path: Path) -> None:
     """And cells of trainings without an id stay those of these trainings."""
     folder, key = tmp_path / "tasks/trec-01234567", {"method": "average"}
     cells = Cells(tmp_path / "cells", [folder], {"rows": ["0"]})
-    cells.keep(key, {"scores": {}})
+    cells.keep(key, Cell({}, 1.0))
     assert cells.about["fine-tunes"] == ["trec-01234567"]
     train_tasks.write_json(folder / "result.json", {"seconds": 1.0})
-    assert cells.find(key) == {"scores": {}}
+    assert cells.at(key) == Cell({}, 1.0)
     for training in ("a", "b"):
         train_tasks.write_json(folder / "result.json", {"seconds": 1.0, "id": training})
-        assert cells.find(key) is None
-        cells.keep(key, {"scores": {}})
+        assert cells.at(key) is None
+        cells.keep(key, Cell({}, 1.0))
     assert len(list((tmp_path / "cells").iterdir())) == 3
 
 

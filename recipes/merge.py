@@ -16,12 +16,10 @@ merged/ (the best merge, for `AutoModel.from_pretrained`, or, of adapters, for
 """
 
 import itertools
-import json
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +70,8 @@ def main(args: Sequence[str] | None = None) -> list[Outcome]:
     report(outcomes, options.output_dir)
     clock.append(time.perf_counter())
     seconds = [round(b - a, 1) for a, b in itertools.pairwise(clock)]
-    summary = {
-        "options": json.loads(json.dumps(asdict(options), default=str)),
+    summary: dict[str, Any] = {
+        "options": options.as_json(),
         "finetuning": trained,
         "methods": [outcome.as_json() for outcome in outcomes],
         "exported": None,

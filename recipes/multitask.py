@@ -18,10 +18,8 @@ A training that is finished is kept, and an interrupted one goes on from its las
 merge.py has fine-tuned all tasks with the same settings, the table has the individual models too.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +193,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     print_table(rows, "test accuracy")
     write_markdown(rows, folder / "results.md")
     write_csv(rows, folder / "results.csv")
-    chosen = json.loads(json.dumps(asdict(options), default=str))
+    chosen = options.as_json()
     del chosen["methods"]  # which have no part in it
     summary = {
         "options": chosen,

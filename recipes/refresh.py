@@ -23,7 +23,6 @@ anew, on the fine-tunes that are there.
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -33,9 +32,8 @@ from typing import Any
 from bench import Bench, evaluate
 from cells import Merge, cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
-from jsonargparse import ArgumentParser
 from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
-from merge_options import MethodOptions, Options, parse_options
+from merge_options import MethodOptions, Options, parse_arguments, parser_of
 from refresh_rivals import Start, train_rival
 from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from steps import Steps
@@ -124,41 +122,20 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
 
 def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
     """Our own options, and those of merge.py. Raises SystemExit with the reason, as that does."""
-    given = list(sys.argv[1:] if args is None else args)
-    parser = ArgumentParser(prog="refresh.py", add_help=False, usage=None)
+    parser = parser_of("refresh.py", "Merge, and refresh; the options of merge.py and its own.")
     parser.add_class_arguments(RefreshPlan, "plan")
-    parser.add_argument("--method", type=str, default=RefreshOptions.method)
-    parser.add_argument("--rivals", action="store_true")
-    parser.add_argument("--rival_rates", type=list[float], default=[])
-    ours, theirs = split(given)
-    if {"-h", "--help"} & set(theirs):
-        print(f"Options of refresh.py:\n{parser.format_help()}\nand those of merge.py:\n")
-    options = parse_options(
-        theirs, "refresh.py", "Merge, and refresh; the options of merge.py beside those above."
+    parser.add_argument("--method", type=str, default=RefreshOptions.method, help="to refresh")
+    parser.add_argument("--rivals", action="store_true", help="train on the same rows, too")
+    parser.add_argument(
+        "--rival_rates", type=list[float], default=[], help="highest learning rates of the rivals"
     )
-    try:
-        built = parser.instantiate(parser.parse_args(ours))
-    except ValueError as error:  # of the plan
-        parser.error(str(error))
-    if built.method not in options.methods:
-        parser.error(f"--method {built.method!r} is none of {', '.join(options.methods)}")
-    if options.methods[built.method].method in REFERENCES:
-        parser.error(f"--method {built.method!r} merges nothing, so there is nothing to refresh")
-    return RefreshOptions(built.plan, built.method, built.rivals, built.rival_rates), options
-
-
-def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, each with its value, and the others."""
-    ours: list[str] = []
-    theirs: list[str] = []
-    value_of: list[str] | None = None  # where the value of the argument before goes
-    for arg in args:
-        if arg.startswith("-"):
-            name = arg.partition("=")[0]
-            mine = name in ("--method", "--rivals", "--rival_rates") or name.startswith("--plan.")
-            value_of = ours if mine else theirs
-        (theirs if value_of is None else value_of).append(arg)
-    return ours, theirs
+    options, made = parse_arguments(parser, args)
+    own = RefreshOptions(made.plan, made.method, made.rivals, made.rival_rates)
+    if own.method not in options.methods:
+        parser.error(f"--method {own.method!r} is none of {', '.join(options.methods)}")
+    if options.methods[own.method].method in REFERENCES:
+        parser.error(f"--method {own.method!r} merges nothing, so there is nothing to refresh")
+    return own, options
 
 
 def chosen(options: Options, label: str) -> MethodOptions:
@@ -168,7 +145,7 @@ def chosen(options: Options, label: str) -> MethodOptions:
     if options.again or not results.exists():
         return method
     known = json.loads(results.read_text(encoding="utf-8"))
-    now = as_json(options)
+    now = options.as_json()
     # results of an earlier version lack what was not there to be set
     then = {**defaults(), **known["options"]}
     names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
@@ -180,12 +157,6 @@ def chosen(options: Options, label: str) -> MethodOptions:
     settings = rows[label]["settings"]
     print(f"{label}: settings from {results}: {settings}")
     return MethodOptions(method.method, settings)
-
-
-def as_json(options: Options) -> dict[str, Any]:
-    """As results.json has them."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
-    return found
 
 
 def defaults() -> dict[str, Any]:
@@ -273,7 +244,7 @@ def report(
         curves[line.row.method] = [(line.seconds or 0.0, average(line.row))]
     plot_seconds(curves, folder / "seconds.png", individual=average(rows[0]))
     summary = {
-        "options": as_json(options),
+        "options": options.as_json(),
         "plan": asdict(plan),
         "merge": merge.as_json(),
         "rounds": [asdict(done) for done in rounds],

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from merge import check_methods_fit, quiet_lightning
+from finetunes import check_methods_fit
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
@@ -30,6 +30,7 @@ from paper_report import tables_in
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
 from paper_tables import MethodTable, Record, Table
+from process import quiet_lightning
 from rich.console import Console
 from steps import Steps
 from train_tasks import write_text

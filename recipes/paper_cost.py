@@ -18,14 +18,15 @@ import lightning as L
 from bench import Bench
 from cells import Cell, Merge
 from compare import choose, merges_of
-from multitask import MultitaskData, multitask_module
+from multitask_model import MultitaskData, multitask_module
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
 from paper_tables import Record
+from process import return_memory
 from steps import Steps
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from train_tasks import return_memory, statistics_callback, task_module
+from train_tasks import statistics_callback, task_module
 from typing_extensions import override
 
 from mats_lightning.joint import REFERENCES

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 from bench import Bench, evaluation_trainer
 from cells import Cell, cells_of, rows_digest
-from merge import starts
+from finetunes import starts
 from merge_options import Options, options_of
-from multitask import multitask_folder, multitask_scores, train_multitask
+from multitask_model import multitask_folder, multitask_scores, train_multitask
 from paper_settings import Setting
 from steps import Steps
 from torch import Tensor

@@ -32,8 +32,9 @@ from typing import Any
 from bench import Bench, evaluate
 from cells import Merge, cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
-from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
+from finetunes import check_methods_fit, finetuned_tasks, starts
 from merge_options import MethodOptions, Options, parse_arguments, parser_of
+from process import peak_memory, quiet_lightning
 from refresh_rivals import Start, train_rival
 from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
 from steps import Steps

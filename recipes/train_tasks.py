@@ -13,14 +13,11 @@ settings trains again beside the earlier one, and checkpoints of different setti
                                                                    and the id of this training
 """
 
-import ctypes
-import gc
 import hashlib
 import json
 import re
 import secrets
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -33,6 +30,7 @@ from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from merge_options import Options, TaskOptions
+from process import return_memory
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback, Task
@@ -172,15 +170,6 @@ def checkpoint_in(folder: Path) -> Path:
     """Of a finished training: the folder of its adapter, where it has one."""
     adapter = folder / task_of(folder)
     return adapter if adapter.is_dir() else folder / f"{adapter.name}.ckpt"
-
-
-def return_memory() -> None:
-    """Give the system back what has been freed: glibc keeps a gigabyte of it after each fit."""
-    gc.collect()  # a trainer, its module and its data are in cycles
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def fit(

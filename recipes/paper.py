@@ -25,11 +25,12 @@ from paper_figures import write_figures
 from paper_intermediate import TransferTable
 from paper_lines import AblationTable, StartTable
 from paper_long import write_long
+from paper_records import Record, Table
 from paper_refresh import RefreshTable
 from paper_report import tables_in
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
-from paper_tables import MethodTable, Record, Table
+from paper_tables import MethodTable
 from process import quiet_lightning
 from rich.console import Console
 from steps import Steps

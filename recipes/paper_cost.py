@@ -19,9 +19,9 @@ from bench import Bench
 from cells import Cell, Merge
 from compare import choose, merges_of
 from multitask_model import MultitaskData, multitask_module
+from paper_records import Record
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
-from paper_tables import Record
 from process import return_memory
 from steps import Steps
 from torch.utils.data import DataLoader
@@ -66,8 +66,14 @@ class CostTable:
 
     def records(self) -> Iterator[Record]:
         for line in self.lines():
-            about = (self.seed.seed, "cost", "", line.what, line.settings, line.iterations)
-            yield Record(*about, "", self.seed.cells.at(line.key))
+            yield Record(
+                seed=self.seed.seed,
+                table="cost",
+                label=line.what,
+                settings=line.settings,
+                iterations=line.iterations,
+                cell=self.seed.cells.at(line.key),
+            )
 
     def steps_left(self) -> tuple[int, int]:
         lines = list(self.lines())

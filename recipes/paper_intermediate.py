@@ -11,9 +11,10 @@ from bench import Bench
 from cells import Cells, cells_of
 from compare import Comparison, forget, steps_of
 from merge_options import MethodOptions
+from paper_records import Record, added
 from paper_seeds import Seed, Suite
 from paper_settings import Intermediate
-from paper_tables import Record, added, method_records
+from paper_tables import method_records
 from steps import Steps
 
 ALONE, ALL_ROWS = "alone", "alone, all rows"
@@ -83,8 +84,8 @@ class TransferTable:
         self.few.let_go()
 
     def _of(self, group: Group) -> Iterator[Record]:
-        about = (self.seed.seed, "intermediate", group.case)
-        return method_records(group.methods, group.cells, *about)
+        about = {"seed": self.seed.seed, "table": "intermediate", "case": group.case}
+        return method_records(group.methods, group.cells, **about)
 
     def _bench(self, group: Group, steps: Steps) -> Bench:
         target = (self.seed.suite if group.full else self.few).task(group.target, steps)

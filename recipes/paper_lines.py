@@ -8,9 +8,9 @@ from bench import Bench, Opened
 from cells import Merge
 from compare import choose, merges_of
 from merge_options import MethodOptions
+from paper_records import Record, added
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
-from paper_tables import Record, added
 from steps import Steps
 from typing_extensions import override
 
@@ -44,8 +44,15 @@ class LineTable:
         for line in self.lines():
             for n in line.counts:
                 cell = None if line.merge is None else find(line.merge, n, "validation")
-                about = (self.seed.seed, self.name, "", line.label, line.settings)
-                yield Record(*about, n, "validation", cell)
+                yield Record(
+                    seed=self.seed.seed,
+                    table=self.name,
+                    label=line.label,
+                    settings=line.settings,
+                    iterations=n,
+                    split="validation",
+                    cell=cell,
+                )
 
     def steps_left(self) -> tuple[int, int]:
         return added([self._steps(line.merge, line.counts) for line in self.lines()])

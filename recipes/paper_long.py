@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from cells import Cell
-from paper_tables import Record
+from paper_records import Record, individual_cells
 
 from mats_lightning.sidecar import write_atomically
 
@@ -37,11 +37,7 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
     table "refresh" they are of the refresh or the training, without the merge. `seconds` are
     of what the table of the cost counts.
     """
-    individual = {
-        record.seed: record.cell
-        for record in records
-        if record.table == "methods" and record.label == "individual"
-    }
+    individual = individual_cells(records)
     rows = []
     for record in records:
         row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}

@@ -8,9 +8,10 @@ from typing import Any
 
 from bench import Bench, Opened
 from cells import Cell, Merge
+from paper_records import Record, added
 from paper_seeds import Seed
 from paper_settings import Refresh, Setting
-from paper_tables import Record, added, chosen_point
+from paper_tables import chosen_point
 from refresh_rivals import Start, train_rival
 from refreshed import Before, run_plan, tested, with_kept
 from steps import Steps
@@ -47,6 +48,10 @@ class Training:
     label: str
     rate: float
     point: tuple[Merge, int] | None
+
+    @property
+    def words(self) -> str:
+        return f"learning rate {self.rate:g}"
 
     def key(self, plan: RefreshPlan, split: str) -> dict[str, Any]:
         key: dict[str, Any] = {"training_rows": plan.rows, "rows_seed": plan.seed, "split": split}
@@ -123,27 +128,30 @@ class RefreshTable:
 
     def records(self) -> Iterator[Record]:
         for line in self.lines():
-            about = (self.seed.seed, "refresh", "", line.method, line.label)
+            about = self._about(label=line.method, settings=line.label)
             for number in range(line.plan.rounds + 1):
                 for split in SPLITS:
                     cell = self.seed.cells.at(line.key(number, split))
-                    yield Record(*about, number, split, cell)
+                    yield Record(**about, iterations=number, split=split, cell=cell)
         for label in RIVALS if self.refresh.learning_rates else ():
             yield from self._records_of_rival(label)
 
     def _records_of_rival(self, label: str) -> Iterator[Record]:
         plan = self._plan_of_rivals()
-        about = (self.seed.seed, "refresh", "", f"trained {label} on {plan.rows} rows")
+        about = self._about(label=f"trained {label} on {plan.rows} rows")
         tried = self.trainings(label)
         for one in tried:
             cell = self.seed.cells.at(one.key(plan, "validation"))
-            yield Record(*about, f"learning rate {one.rate:g}", 0, "validation", cell)
+            yield Record(**about, settings=one.words, split="validation", cell=cell)
         best = self._best(tried, self.seed) if tried else None
         if best is None:
-            yield Record(*about, "not chosen yet", 0, "test", None)
+            yield Record(**about, settings="not chosen yet", split="test")
         else:
             cell = self.seed.cells.at(best.key(plan, "test"))
-            yield Record(*about, f"learning rate {best.rate:g}", 0, "test", cell)
+            yield Record(**about, settings=best.words, split="test", cell=cell)
+
+    def _about(self, **more: Any) -> dict[str, Any]:
+        return {"seed": self.seed.seed, "table": "refresh", **more}
 
     # -- measuring ---------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from bench import Opened
 from cells import Cell, Cells, Merge
 from compare import merges_of
 from paper_lines import AblationTable, StartTable
+from paper_records import Record, merge_seconds
 from paper_seeds import Seed, Suite
 from paper_settings import read_setting
-from paper_tables import Record, merge_seconds
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -538,7 +538,8 @@ def test_seconds_of_the_whole_grid_are_shown() -> None:
 
     def record(split: str, iterations: int, seconds: float, merged_to: int) -> Record:
         cell = Cell({"trec": 0.5}, 1.0, seconds, merged_to)
-        return Record(0, "methods", "", "MaTS", "", iterations, split, cell)
+        about: dict[str, Any] = {"seed": 0, "table": "methods", "label": "MaTS"}
+        return Record(**about, iterations=iterations, split=split, cell=cell)
 
     grid = [record("validation", 2, 7.0, 20), record("validation", 20, 7.0, 20)]
     tested = record("test", 2, 3.0, 2)

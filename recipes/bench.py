@@ -1,17 +1,18 @@
 """Merge and evaluate at one point, where it is not on disk yet."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning as L
 from cells import Cell, Cells, Merge
 from steps import Steps
 from torch import Tensor
 
 from mats_lightning import MergeModule, Task
+from mats_lightning.task_rounds import quiet_trainer
 
 
 class Bench:
@@ -43,7 +44,7 @@ class Bench:
         self.tasks = tasks
         self.pretrained = pretrained
         self.pretrained_heads = pretrained_heads
-        self.trainer = evaluation_trainer(accelerator)
+        self.trainer = quiet_trainer(accelerator=accelerator)
         self.cells = cells
         self.steps = steps
         self.only = only
@@ -75,8 +76,7 @@ class Bench:
         """What all tasks share, in the state that `start` merges them to."""
         module = self.module(start)
         module.merge(self.trainer.strategy.root_device, progress=False)
-        first = self.tasks[0]
-        return {n: t for n, t in module.state_of(first.name).items() if not first.owns(n)}
+        return module.shared_state()
 
 
 class Opened:
@@ -134,25 +134,10 @@ def _short(curve: Sequence[float]) -> list[float]:
     return [float(f"{value:.3g}") for value in curve]
 
 
-def evaluation_trainer(accelerator: str) -> L.Trainer:
-    """A trainer for `validate` and `test` on one device, which says nothing."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-
-
 def evaluate(
     module: MergeModule, run: Callable[..., Any], only: str | None = None
 ) -> dict[str, float]:
     """The tasks' primary metrics, or that of `only`; `run` is a trainer's `validate` or `test`."""
-    if only is None:
+    with nullcontext() if only is None else module.only(only):
         run(module, verbose=False)
-        return dict(module.scores)
-    task = module.tasks[only]  # in whose module the merged weights are
-    (metrics,) = run(task.module, task.data, verbose=False)
-    return {only: float(metrics[task.metric])}
+    return dict(module.scores)

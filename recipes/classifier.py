@@ -125,6 +125,11 @@ class Classifier(L.LightningModule):
         return optimizer_and_schedule(self, self.learning_rate, self.weight_decay)
 
 
+def logits(module: Any, batch: Any) -> Any:
+    """A classifier's, as `logits_fn` of collect_statistics and refresh."""
+    return module(batch)
+
+
 def optimizer_and_schedule(
     module: L.LightningModule, learning_rate: float, weight_decay: float
 ) -> OptimizerLRScheduler:

@@ -21,7 +21,7 @@ merge.py has fine-tuned all tasks with the same settings, the table has the indi
 import time
 from collections.abc import Sequence
 
-from bench import evaluate, evaluation_trainer
+from bench import evaluate
 from merge_options import Options, parse_options
 from multitask_model import Data, Settings, multitask_scores, train_multitask
 from process import peak_memory, quiet_lightning
@@ -45,6 +45,7 @@ from mats_lightning.report import (
     write_csv,
     write_markdown,
 )
+from mats_lightning.task_rounds import quiet_trainer
 
 
 def main(args: Sequence[str] | None = None) -> list[Row]:
@@ -119,7 +120,7 @@ def individual_scores(options: Options, data: Data, settings: Settings) -> dict[
         if trained is not None
     ]
     module = MergeModule(tasks, method=INDIVIDUAL)
-    return evaluate(module, evaluation_trainer(options.accelerator).test)
+    return evaluate(module, quiet_trainer(accelerator=options.accelerator).test)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from bench import evaluation_trainer
 from classifier import Batch, Classifier, optimizer_and_schedule
 from labelled_data import LabelledData
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +18,7 @@ from train_tasks import COMMON, TrainedTask, folder_of, task_module, train
 from typing_extensions import override
 
 from mats_lightning.checkpoints import load_weights
+from mats_lightning.task_rounds import quiet_trainer
 
 TaskBatch = tuple[int, Batch]  # the number of the task, and a batch of its own
 Data = Mapping[TaskOptions, LabelledData]
@@ -158,7 +158,7 @@ def multitask_scores(options: Options, data: Data, trained: TrainedTask) -> dict
     module = multitask_module(options, data)
     module.load_state_dict(dict(load_weights(trained.checkpoint)))
     rows = {task.name: part for task, part in data.items()}
-    return accuracies(module, rows, evaluation_trainer(options.accelerator).test)
+    return accuracies(module, rows, quiet_trainer(accelerator=options.accelerator).test)
 
 
 def accuracies(

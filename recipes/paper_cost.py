@@ -30,6 +30,7 @@ from train_tasks import statistics_callback, task_module
 from typing_extensions import override
 
 from mats_lightning.joint import REFERENCES
+from mats_lightning.task_rounds import quiet_trainer
 
 Measured = dict[str, float]  # flops, seconds
 
@@ -170,15 +171,10 @@ def steps(
     """
     chosen = random.Random(seed.seed).sample(loader, min(batches, len(loader)))
     clock = Clock()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         accelerator=seed.options.accelerator,
-        devices=1,
         max_epochs=1,
         callbacks=[*([statistics_callback(seed.options)] if statistics else []), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
     )
     with FlopCounterMode(display=False) as counter:
         trainer.fit(module, DataLoader([chosen[0], *chosen], batch_size=None))  # type: ignore[arg-type]

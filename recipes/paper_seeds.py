@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from bench import Bench, evaluation_trainer
+from bench import Bench
 from cells import Cell, cells_of, rows_digest
+from classifier import logits
 from finetunes import starts
 from merge_options import Options, options_of
 from multitask_model import multitask_folder, multitask_scores, train_multitask
@@ -29,6 +30,7 @@ from train_tasks import (
 
 from mats_lightning import Task, collect_statistics, save_statistics
 from mats_lightning.sidecar import sidecar_path
+from mats_lightning.task_rounds import quiet_trainer
 
 
 class Suite:
@@ -161,9 +163,9 @@ class Seed:
         trained = as_task(options, described, data, Path(task.checkpoint))
         module = trained.module
         module.load_state_dict({**module.state_dict(), **trained.weights})
-        module.to(evaluation_trainer(options.accelerator).strategy.root_device)
+        module.to(quiet_trainer(accelerator=options.accelerator).strategy.root_device)
         if arguments.get("fisher") == "sampled":
-            arguments["logits_fn"] = lambda module, batch: module(batch)
+            arguments["logits_fn"] = logits
         found = collect_statistics(module, data.train_dataloader(), progress=False, **arguments)
         save_statistics(found, path)
         return path

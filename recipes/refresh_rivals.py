@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from bench import evaluation_trainer
 from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import RichProgressBar, Timer
@@ -23,6 +22,7 @@ from typing_extensions import override
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.batches import first_rows
+from mats_lightning.task_rounds import quiet_trainer
 
 WARM_UP = 0.1  # of all steps, or of the time
 
@@ -152,7 +152,7 @@ def _train(
     seconds, steps = time.perf_counter() - started, trainer.global_step
     del trainer
     return_memory()
-    tester = evaluation_trainer(options.accelerator)
+    tester = quiet_trainer(accelerator=options.accelerator)
     rows = {task.name: task.data for task in tasks}
     validated, tested = (accuracies(module, rows, run) for run in (tester.validate, tester.test))
     return Rival(validated, tested, seconds, steps)

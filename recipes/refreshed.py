@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import Bench, evaluate
+from classifier import logits
 
 from mats_lightning import MergeModule, RefreshPlan, refresh
 from mats_lightning.merging import MergeResult
@@ -43,11 +44,6 @@ def run_plan(
     return refresh(
         module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=progress
     )
-
-
-def logits(module: Any, batch: Any) -> Any:
-    """The classifier's own."""
-    return module(batch)
 
 
 def tested(

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapters import STATISTICS
+from adapters import CALLBACK_ARGUMENTS
 from compare import check_fit
 from merge_options import MethodOptions, Options
 from torch import Tensor
@@ -23,7 +23,7 @@ def check_methods_fit(options: Options, methods: Mapping[str, MethodOptions]) ->
     names, kinds = list(module.state_dict()), None
     if options.adapter is not None:
         names = [n for n, p in module.backbone.named_parameters("backbone") if p.requires_grad]
-        kinds = STATISTICS[options.adapter].get("statistics")
+        kinds = CALLBACK_ARGUMENTS[options.adapter].get("statistics")
     try:
         check_fit(methods, names, kinds)
     except ValueError as error:

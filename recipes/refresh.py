@@ -83,6 +83,7 @@ class Line:
 
     row: Row
     seconds: float | None  # since the merge: heads, statistics and steps, or training
+    curve: str  # that it is a point of in the figure; "" for none
 
 
 def main(args: Sequence[str] | None = None) -> list[Line]:
@@ -110,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     before = Before(module)
     rounds = run_plan(bench, module, plan, folder, progress=True)
     tests = tested(bench, module, rounds, folder, merge.scores)
-    lines = [Line(individual.row, None), Line(merge.row, 0.0), *lines_of(tests)]
+    lines = [Line(individual.row, None, ""), Line(merge.row, 0.0, "refresh"), *lines_of(tests)]
     if own.rivals:
         if plan.heads:
             lines.append(probe(bench, replace(plan, rounds=0)))
@@ -193,7 +194,7 @@ def lines_of(tests: Sequence[Tested]) -> list[Line]:
         if done.taken or (done.number == 0 and done.heads):
             words = f"step {done.step:g}, {test.seconds:.0f} s, validation {done.average:.3f}"
             label = f"refresh, round {done.number}" if done.number else "heads alone"
-            lines.append(Line(Row(label, words, test.scores), test.seconds))
+            lines.append(Line(Row(label, words, test.scores), test.seconds, "refresh"))
     return lines
 
 
@@ -203,7 +204,8 @@ def probe(bench: Bench, plan: RefreshPlan) -> Line:
     (done,) = run_plan(bench, module, plan, folder=None, progress=True)
     scores = evaluate(module, bench.trainer.test)
     words = f"{seconds_of(done):.0f} s, validation {done.average:.3f}"
-    return Line(Row("trained heads alone, no merge", words, scores), seconds_of(done))
+    label = "trained heads alone, no merge"
+    return Line(Row(label, words, scores), seconds_of(done), label)
 
 
 def rivals(
@@ -222,8 +224,8 @@ def rivals(
         tried = {rate: train_rival(options, tasks, plan, rate, start) for rate in rates}
         rate, best = max(tried.items(), key=lambda entry: entry[1].average)
         words = f"{best.steps} steps at {rate:g}, {best.seconds:.0f} s"
-        row = Row(f"trained {label} on {plan.rows} rows", words, best.tested)
-        lines.append(Line(row, best.seconds))
+        name = f"trained {label} on {plan.rows} rows"
+        lines.append(Line(Row(name, words, best.tested), best.seconds, name))
     return lines
 
 
@@ -239,10 +241,10 @@ def report(
     print_table(rows, "test accuracy; seconds are those of heads and steps, or of training")
     write_markdown(rows, folder / "results.md")
     write_csv(rows, folder / "results.csv")
-    steps = [line for line in lines[1:] if not line.row.method.startswith("trained")]
-    curves = {"refresh": [(line.seconds or 0.0, average(line.row)) for line in steps]}
-    for line in lines[len(steps) + 1 :]:
-        curves[line.row.method] = [(line.seconds or 0.0, average(line.row))]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line.curve:
+            curves.setdefault(line.curve, []).append((line.seconds or 0.0, average(line.row)))
     plot_seconds(curves, folder / "seconds.png", individual=average(rows[0]))
     summary = {
         "options": options.as_json(),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from adapters import STATISTICS, load_head, save_adapter
+from adapters import CALLBACK_ARGUMENTS, load_head, save_adapter
 from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -204,7 +204,7 @@ def fit(
 
 def statistics_callback(options: Options) -> MaTSStatsCallback:
     """Takes what the merges need, in the last epoch."""
-    kinds = {} if options.adapter is None else STATISTICS[options.adapter]
+    kinds = {} if options.adapter is None else CALLBACK_ARGUMENTS[options.adapter]
     return MaTSStatsCallback(last_n_epochs=1, **kinds)
 
 

@@ -4,8 +4,8 @@
 
 The name is a digest of the key, which names all that decides the result: the fine-tunes, by their
 folders and the ids of their trainings, the rows they are evaluated on, the method, the options that
-are said, the number of iterations, the split, and the version of mats_lightning. It does not know
-of a change in the code of the same version, of a default either: then `--again` forgets the cells.
+are said, the number of iterations, the split, and the version of mats_lightning. Within one version
+it does not see a change in the code or of a default: use `--again` then.
 """
 
 import hashlib

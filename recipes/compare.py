@@ -51,8 +51,8 @@ class Outcome:
     chosen: Attempt
     scores: dict[str, float]
     attempts: list[Attempt]
-    # of all merges, where points that differ in `iterations` alone share one; None where cells are
-    # another grid's, whose merge had other iterations
+    # seconds of all merges (points that differ only in `iterations` share one); None where a cell
+    # is of another grid's merge, which ran to other iterations
     merge_seconds: float | None
     test_seconds: float
     blocks: Mapping[str, Curve] = field(repr=False)  # of the merge's last iteration

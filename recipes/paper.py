@@ -39,13 +39,14 @@ from train_tasks import write_text
 
 def main(args: Sequence[str] | None = None) -> list[Record]:
     """Everything, in its order; returns the lines of the long table."""
-    asked = arguments().parse_args(args)
+    parser = arguments()
+    asked = parser.parse_args(args)
     try:
         name, setting = read_setting(asked.setting, asked.fast)
         tables = checked("tables", asked.tables, setting.tables)
         numbers = checked("seeds", asked.seeds, setting.seeds)
     except ValueError as error:
-        arguments().error(str(error))
+        parser.error(str(error))
     if asked.output_dir is not None:
         setting.options["output_dir"] = asked.output_dir
     quiet_lightning()
@@ -54,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     try:
         all_tables = {seed: tables_of(setting, seed, seeds[0]) for seed in seeds}
     except ValueError as error:
-        arguments().error(str(error))
+        parser.error(str(error))
     if not asked.report_only:
         check_methods_fit(seeds[0].options, setting.all_methods)
         chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}

@@ -64,8 +64,8 @@ class Training:
 class RefreshTable:
     """Each line after each of its rounds on validation and on test rows, and the rivals.
 
-    A round that is taken back leaves things as they were: the cells after it are those before it,
-    and what it took counts. `merge_seconds` of a cell are those of the refresh up to its round.
+    A round that is taken back changes nothing: its cell repeats the scores before it, and its
+    seconds are added. `merge_seconds` of a cell are those of the refresh up to its round.
 
     Args:
         setting: the file.

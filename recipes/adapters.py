@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 
 from mats_lightning.sidecar import sidecar_path
 
-__all__ = ["ADAPTERS", "STATISTICS", "adapted", "load_head", "save_adapter"]
-
 ADAPTERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {  # peft's configuration, our defaults
     # on the layers that peft knows for the architecture: keys, values and the feed-forward part
     "ia3": (IA3Config, {}),
@@ -27,7 +25,7 @@ ADAPTERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {  # peft's configura
 }
 # adapter -> arguments of the MaTSStatsCallback: vectors have these two statistics alone, and the
 # products of LoRA's factors are merged with the curvature of the weights that they are added to
-STATISTICS: Mapping[str, dict[str, Any]] = {
+CALLBACK_ARGUMENTS: Mapping[str, dict[str, Any]] = {
     "ia3": {"statistics": ["diagonal_fisher", "block_fisher"]},
     "lora": {"adapted_weights": True},
 }

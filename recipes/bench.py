@@ -1,169 +1,18 @@
-"""Merge and evaluate at one point, where it is not on disk yet; and the progress of doing so."""
+"""Merge and evaluate at one point, where it is not on disk yet."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
-from typing import Any, Self, TypeVar
+from statistics import median
+from typing import Any
 
-import lightning as L
-from cells import Cells
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from cells import Cell, Cells, Merge
+from steps import Steps
 from torch import Tensor
 
 from mats_lightning import MergeModule, Task
-
-__all__ = [
-    "Bench",
-    "Cell",
-    "Find",
-    "Merge",
-    "Opened",
-    "Steps",
-    "evaluate",
-    "evaluation_trainer",
-    "find_cell",
-]
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A merge by what decides it, in names and numbers alone, so that it can be looked up.
-
-    Args:
-        method: of MergeModule.
-        options: its keyword arguments, `iterations` left out.
-        counts: the iterations whose states are looked at; one run passes through all of them. A
-            method without iterations has the one count 0.
-        start: the merge whose state is `init`.
-        statistics: settings of a pass over training rows, in place of the training's statistics.
-    """
-
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    counts: tuple[int, ...] = (0,)
-    start: "Merge | None" = None
-    statistics: Mapping[str, Any] | None = None
-
-    def key(self, count: int, split: str) -> dict[str, Any]:
-        """Of the cell of the state after `count` iterations, on "validation" or "test" rows."""
-        return {**self._key(), "iterations": count, "split": split}
-
-    def _key(self) -> dict[str, Any]:
-        key: dict[str, Any] = {"method": self.method, "options": dict(self.options)}
-        if self.start is not None:
-            key["start"] = self.start._key()
-            if last := max(self.start.counts):  # whose state it is
-                key["start"]["iterations"] = last
-        if self.statistics is not None:
-            key["statistics"] = dict(self.statistics)
-        return key
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured at one point.
-
-    Args:
-        scores: the primary metric a task.
-        merge_seconds: of the merge, up to its `merge_iterations`: points that differ in their
-            iterations alone share one. Of a refresh or a training: its own, without the merge.
-        seconds: of the evaluation.
-        residuals: block -> the solver's relative residuals, up to this cell's own iterations.
-        residual: the median of their last ones over the blocks; None without.
-        flops: where they were counted; then `seconds` are of what was counted.
-    """
-
-    scores: dict[str, float]
-    seconds: float
-    merge_seconds: float = 0.0
-    merge_iterations: int = 0
-    residual: float | None = None
-    residuals: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    flops: float | None = None
-
-    @property
-    def average(self) -> float:
-        return mean(self.scores.values())
-
-
-def find_cell(cells: Cells, merge: Merge, count: int, split: str) -> Cell | None:
-    """The cell of the state after `count` iterations, where it is on disk."""
-    found = cells.find(merge.key(count, split))
-    return None if found is None else Cell(**found)
-
-
-Find = Callable[[Merge, int, str], Cell | None]  # (merge, count, split) -> its cell, if known
-
-
-class Steps:
-    """Runs steps under a bar: done / all, the time gone, and the time to go at the pace so far."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("to go: {task.fields[to_go]}"),
-        )
-        self._row = self._bar.add_task("", total=0, to_go="unknown")
-        self._seconds, self._ran = 0.0, 0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what has a bar of its own."""
-        self._bar.stop()
-        try:
-            yield
-        finally:
-            self._bar.start()
-
-    def expect(self, steps: int, done: int = 0) -> None:
-        """This many steps more, of which some were done earlier."""
-        task = self._bar.tasks[0]
-        total, completed = (task.total or 0) + steps, int(task.completed) + done
-        self._bar.update(self._row, total=total, completed=completed)
-
-    def run(self, description: str, action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-        """What `action` returns, and its seconds."""
-        self._bar.update(self._row, description=description)
-        started = time.perf_counter()
-        result = action(*arguments)
-        seconds = time.perf_counter() - started
-        self._seconds, self._ran = self._seconds + seconds, self._ran + 1
-        self._bar.advance(self._row)
-        task = self._bar.tasks[0]
-        left = max(0, int((task.total or 0) - task.completed)) * self._seconds / self._ran
-        hours, minutes = divmod(int(left) // 60, 60)
-        self._bar.update(self._row, to_go=f"{hours}:{minutes:02}:{int(left) % 60:02}")
-        return result, round(seconds, 2)
-
-    def show(self, description: str) -> None:
-        """What is at work, where it is no step of its own."""
-        self._bar.update(self._row, description=description)
-
-    def say(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False, soft_wrap=True)
+from mats_lightning.task_rounds import quiet_trainer
 
 
 class Bench:
@@ -195,14 +44,11 @@ class Bench:
         self.tasks = tasks
         self.pretrained = pretrained
         self.pretrained_heads = pretrained_heads
-        self.trainer = evaluation_trainer(accelerator)
+        self.trainer = quiet_trainer(accelerator=accelerator)
         self.cells = cells
         self.steps = steps
         self.only = only
         self._collect = collect
-
-    def find(self, merge: Merge, count: int, split: str) -> Cell | None:
-        return find_cell(self.cells, merge, count, split)
 
     def module(self, merge: Merge) -> MergeModule:
         """The module of a merge, which is not merged yet but for its start."""
@@ -230,8 +76,7 @@ class Bench:
         """What all tasks share, in the state that `start` merges them to."""
         module = self.module(start)
         module.merge(self.trainer.strategy.root_device, progress=False)
-        first = self.tasks[0]
-        return {n: t for n, t in module.state_of(first.name).items() if not first.owns(n)}
+        return module.shared_state()
 
 
 class Opened:
@@ -263,7 +108,7 @@ class Opened:
     def cell(self, count: int, split: str, alone: bool = False) -> Cell:
         """From disk or measured now; `alone`: a merge that it needs stops at this count."""
         bench = self._bench
-        found = bench.find(self._merge, count, split)
+        found = bench.cells.find(self._merge, count, split)
         if found is not None:
             return found
         module = self.module(count if alone else None)
@@ -281,7 +126,7 @@ class Opened:
             median(curve[-1] for curve in curves.values()) if curves else None,
             {n: _short(curve) for n, curve in curves.items()},
         )
-        bench.cells.keep(self._merge.key(count, split), asdict(cell))
+        bench.cells.keep(self._merge.key(count, split), cell)
         return cell
 
 
@@ -289,25 +134,10 @@ def _short(curve: Sequence[float]) -> list[float]:
     return [float(f"{value:.3g}") for value in curve]
 
 
-def evaluation_trainer(accelerator: str) -> L.Trainer:
-    """A trainer for `validate` and `test` on one device, which says nothing."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-
-
 def evaluate(
     module: MergeModule, run: Callable[..., Any], only: str | None = None
 ) -> dict[str, float]:
     """The tasks' primary metrics, or that of `only`; `run` is a trainer's `validate` or `test`."""
-    if only is None:
+    with nullcontext() if only is None else module.only(only):
         run(module, verbose=False)
-        return dict(module.scores)
-    task = module.tasks[only]  # in whose module the merged weights are
-    (metrics,) = run(task.module, task.data, verbose=False)
-    return {only: float(metrics[task.metric])}
+    return dict(module.scores)

@@ -21,8 +21,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from typing_extensions import override
 
-__all__ = ["Batch", "Classifier", "optimizer_and_schedule"]
-
 Batch = Mapping[str, Tensor]
 
 
@@ -125,6 +123,11 @@ class Classifier(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_and_schedule(self, self.learning_rate, self.weight_decay)
+
+
+def logits(module: Any, batch: Any) -> Any:
+    """A classifier's, as `logits_fn` of collect_statistics and refresh."""
+    return module(batch)
 
 
 def optimizer_and_schedule(

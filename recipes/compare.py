@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any
 
-from bench import Bench, Cell, Find, Merge, Opened
-from cells import Cells
+from bench import Bench, Opened
+from cells import Cell, Cells, Merge
 from merge_options import MethodOptions
 
 from mats_lightning.lora import BASE
@@ -14,19 +14,6 @@ from mats_lightning.merging.models import names_with
 from mats_lightning.merging.results import objective_kinds
 from mats_lightning.methods import REFERENCES, STATISTICS
 from mats_lightning.report import Row
-
-__all__ = [
-    "INDIVIDUAL",
-    "Attempt",
-    "Comparison",
-    "Outcome",
-    "check_fit",
-    "choose",
-    "forget",
-    "merges_of",
-    "steps_of",
-    "words",
-]
 
 INDIVIDUAL = {"individual": MethodOptions("individual")}  # the line above all others
 
@@ -58,8 +45,8 @@ class Outcome:
     chosen: Attempt
     scores: dict[str, float]
     attempts: list[Attempt]
-    # of all merges, where points that differ in `iterations` alone share one; None where cells are
-    # another grid's, whose merge had other iterations
+    # seconds of all merges (points that differ only in `iterations` share one); None where a cell
+    # is of another grid's merge, which ran to other iterations
     merge_seconds: float | None
     test_seconds: float
     # block -> its residuals, of the merge's last iteration
@@ -147,10 +134,10 @@ def check_fit(
                 ) from error
 
 
-def choose(find: Find, merges: Sequence[Merge]) -> tuple[Merge, int, Cell] | None:
+def choose(cells: Cells, merges: Sequence[Merge]) -> tuple[Merge, int, Cell] | None:
     """The point that is best on validation, the first of equals; None while a cell is missing."""
     points = [(merge, count) for merge in merges for count in merge.counts]
-    found = [(*point, find(*point, "validation")) for point in points]
+    found = [(*point, cells.find(*point, "validation")) for point in points]
     known = [(merge, count, cell) for merge, count, cell in found if cell is not None]
     if len(known) < len(found):
         return None
@@ -171,21 +158,21 @@ def forget(methods: Mapping[str, MethodOptions], cells: Cells) -> None:
             cells.forget(merge.key(n, split) for n in merge.counts for split in splits)
 
 
-def steps_of(find: Find, method: MethodOptions) -> tuple[int, int]:
+def steps_of(cells: Cells, method: MethodOptions) -> tuple[int, int]:
     """How many steps a method takes, and how many of them are on disk.
 
     A step is a merge, a point of a grid on validation, or a method on test.
     """
     merges = list(merges_of(method))
     if method.method in REFERENCES:
-        return 2, 0 if find(merges[0], 0, "test") is None else 2
+        return 2, 0 if cells.find(merges[0], 0, "test") is None else 2
     total, done = 1, 0
     for merge in merges:
-        known = sum(find(merge, n, "validation") is not None for n in merge.counts)
+        known = sum(cells.find(merge, n, "validation") is not None for n in merge.counts)
         total += 1 + len(merge.counts)
         done += known + (known == len(merge.counts))
-    if (chosen := choose(find, merges)) is not None:
-        tested = find(*chosen[:2], "test") is not None
+    if (chosen := choose(cells, merges)) is not None:
+        tested = cells.find(*chosen[:2], "test") is not None
         done += 1 if tested else -1  # what was chosen is merged again
     return total, done
 
@@ -206,7 +193,7 @@ class Comparison:
         """The outcomes of the individual models, then of each method under its label."""
         methods = {**INDIVIDUAL, **methods}
         for method in methods.values():
-            self.bench.steps.expect(*steps_of(self.bench.find, method))
+            self.bench.steps.expect(*steps_of(self.bench.cells, method))
         return [self.compare(label, method) for label, method in methods.items()]
 
     def compare(self, label: str, method: MethodOptions) -> Outcome:

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-__all__ = ["convert_dinov2"]
-
 PREFIX = "backbone."
 HEAD_SIZE = 64  # of the attention's heads, in every DINOv2
 PREPROCESSOR = {  # what DINOv2 was trained with

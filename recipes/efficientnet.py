@@ -18,8 +18,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from typing_extensions import override
 
-__all__ = ["EfficientNetLite", "EfficientNetLiteConfig", "convert_efficientnet_lite"]
-
 # (repeats, kernel size, stride of the first, expansion, channels out)
 LITE0 = (
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),

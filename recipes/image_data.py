@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset, Image
-from image_tasks import TASKS, read_task
+from image_tasks import TASKS
 from labelled_data import HubDataset, LabelledData
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from packages import model_path
@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.image_processing_base import ImageProcessingMixin
 from typing_extensions import override
-
-__all__ = ["ImageData"]
 
 
 class ImageData(LabelledData):
@@ -39,6 +37,8 @@ class ImageData(LabelledData):
     """
 
     tasks = TASKS
+    column = "image"
+    feature = Image()
     hub_columns: ClassVar = {"image": "image_column"}
 
     def __init__(
@@ -51,10 +51,6 @@ class ImageData(LabelledData):
     ) -> None:
         super().__init__(task, hub, model, **options)
         self.image_size = image_size
-
-    @override
-    def read_task(self, name: str) -> Dataset:
-        return read_task(name)
 
     @override
     def key(self, row: Mapping[str, Any]) -> Hashable:

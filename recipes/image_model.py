@@ -10,8 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["ImageClassifier"]
-
 
 class ImageClassifier(Classifier):
     """The backbone's CLS token beside the mean of its patch tokens, under a linear head.

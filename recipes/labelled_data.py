@@ -11,11 +11,9 @@ import torch
 from datasets import Dataset, load_dataset
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from packaged_tasks import PackagedTask
+from packaged_tasks import PackagedTask, labelled_rows
 from torch.utils.data import DataLoader
 from typing_extensions import override
-
-__all__ = ["HubDataset", "LabelledData", "carve", "distinct"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,6 +58,8 @@ class LabelledData(L.LightningDataModule):
     """
 
     tasks: ClassVar[Mapping[str, PackagedTask]]
+    column: ClassVar[str]  # the inputs of a task of `tasks`
+    feature: ClassVar[Any]  # their type, in `datasets`
     hub_columns: ClassVar[Mapping[str, str]]  # column here -> the field of HubDataset that names it
 
     def __init__(
@@ -93,10 +93,6 @@ class LabelledData(L.LightningDataModule):
         self.limits = dict(zip(SPLITS, (train_rows, validation_rows, test_rows), strict=True))
         self.seed = seed
         self._encoded: dict[str, Any] = {}
-
-    @abstractmethod
-    def read_task(self, name: str) -> Dataset:
-        """All rows of a task of `tasks`, with `label`."""
 
     @abstractmethod
     def key(self, row: Mapping[str, Any]) -> Hashable:
@@ -153,14 +149,15 @@ class LabelledData(L.LightningDataModule):
     def _labelled(self) -> tuple[dict[str, Dataset], Sequence[Any]]:
         """The rows as they were read, a split; and the classes in the order of the labels."""
         if self.task is not None:
-            return {"train": self.read_task(self.task)}, self.tasks[self.task].classes
+            task = self.tasks[self.task]
+            return {"train": labelled_rows(task, self.column, self.feature)}, task.classes
         assert self.hub is not None
         found, classes = read_hub(self.hub, self.hub_columns)
         return {name: self._plain(rows) for name, rows in found.items()}, classes
 
     @abstractmethod
     def _plain(self, rows: Dataset) -> Dataset:
-        """Rows of the hub, their columns named as in `hub_columns`, in the types of `read_task`."""
+        """Rows of the hub, their columns named as in `hub_columns`, their inputs as `feature`s."""
 
     @override
     def prepare_data(self) -> None:

@@ -5,24 +5,15 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from adapters import ADAPTERS
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from labelled_data import HubDataset
 from modalities import MODALITIES, Modality
-
-__all__ = [
-    "MethodOptions",
-    "Options",
-    "TaskOptions",
-    "check_methods",
-    "options_of",
-    "parse_options",
-]
 
 DEFAULT = Path(__file__).with_name("merge.yaml")
 FAST = DEFAULT.with_name("merge_fast.yaml")
@@ -163,6 +154,11 @@ class Options:
     def task_list(self) -> list[TaskOptions]:
         return [TaskOptions(task) if isinstance(task, str) else task for task in self.tasks]
 
+    def as_json(self) -> dict[str, Any]:
+        """As results.json has them."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return found
+
 
 def options_of(settings: Mapping[str, Any]) -> Options:
     """The options of merge.yaml under these. Raises SystemExit as `parse_options` does."""
@@ -171,7 +167,7 @@ def options_of(settings: Mapping[str, Any]) -> Options:
     parser.add_class_arguments(Options)
     defaults = yaml.safe_load(DEFAULT.read_text(encoding="utf-8"))
     try:
-        return built(parser, {**defaults, **settings}, [])
+        return built(parser, {**defaults, **settings}, [])[0]
     except ValueError as error:
         parser.error(str(error))
 
@@ -184,21 +180,42 @@ def check_methods(methods: Any) -> None:
             raise ValueError(f"methods: {label!r} has {odd[0]!r}; expected {', '.join(known)}")
 
 
-def built(parser: ArgumentParser, settings: Mapping[str, Any], rest: Sequence[str]) -> Options:
-    """The options, checked. Raises ValueError, and SystemExit where the parser finds fault."""
-    check_methods(settings.get("methods"))
-    parsed = parser.parse_args([f"--config={json.dumps(settings)}", *rest])
-    made = parser.instantiate(parsed)
-    return Options(**{option.name: made[option.name] for option in fields(Options)})
-
-
 def parse_options(
     args: Sequence[str] | None = None,
     program: str = "merge.py",
     description: str = "Fine-tune, merge by every method, compare on all tasks.",
 ) -> Options:
+    """The options that `parse_arguments` finds."""
+    return parse_arguments(parser_of(program, description), args)[0]
+
+
+def parser_of(program: str, description: str) -> ArgumentParser:
+    """Knows the options, `--config` and `--fast`; the caller can add more."""
+    parser = ArgumentParser(prog=program, description=description)
+    parser.add_argument("--config", action="config", help=f"YAML over the defaults in {DEFAULT}")
+    parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST}")
+    parser.add_class_arguments(Options)
+    return parser
+
+
+def built(
+    parser: ArgumentParser, settings: Mapping[str, Any], rest: Sequence[str]
+) -> tuple[Options, Namespace]:
+    """The options, checked, and all that the parser knows.
+
+    Raises ValueError, and SystemExit where the parser finds fault.
+    """
+    check_methods(settings.get("methods"))
+    made = parser.instantiate(parser.parse_args([f"--config={json.dumps(settings)}", *rest]))
+    return Options(**{option.name: made[option.name] for option in fields(Options)}), made
+
+
+def parse_arguments(
+    parser: ArgumentParser, args: Sequence[str] | None
+) -> tuple[Options, Namespace]:
     """The options of merge.yaml, under those of each `--config`, of `--fast`, and of `args`.
 
+    `parser` is one of `parser_of`; what was added to it is in the Namespace behind the options.
     `--fast` also appends "-fast" to the `output_dir` of the configurations; `--again` stands for
     `again: true`.
 
@@ -208,10 +225,6 @@ def parse_options(
 
     Raises SystemExit with the reason when an argument does not exist or does not fit.
     """
-    parser = ArgumentParser(prog=program, description=description)
-    parser.add_argument("--config", action="config", help=f"YAML over the defaults in {DEFAULT}")
-    parser.add_argument("--fast", action="store_true", help=f"a smaller run: {FAST}")
-    parser.add_class_arguments(Options)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--fast", action="store_true")

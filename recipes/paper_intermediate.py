@@ -6,17 +6,16 @@ The donors, and the target with all of its rows, are the fine-tunes of the suite
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
-from bench import Bench, Find, Steps, find_cell
-from cells import Cells
+from bench import Bench
+from cells import Cells, cells_of
 from compare import Comparison, forget, steps_of
 from merge_options import MethodOptions
-from paper_seeds import Seed, Suite, cells_of
+from paper_records import Record, added
+from paper_seeds import Seed, Suite
 from paper_settings import Intermediate
-from paper_tables import Record, added, method_records
-
-__all__ = ["TransferTable"]
+from paper_tables import method_records
+from steps import Steps
 
 ALONE, ALL_ROWS = "alone", "alone, all rows"
 
@@ -34,10 +33,6 @@ class Group:
     @property
     def case(self) -> str:
         return f"target {self.target}" + (f", donor {self.donor}" if self.donor else "")
-
-    @property
-    def find(self) -> Find:
-        return partial(find_cell, self.cells)
 
 
 class TransferTable:
@@ -58,7 +53,7 @@ class TransferTable:
         individual = MethodOptions("individual")
         for target in plan.targets:
             for label, suite in ((ALONE, few), (ALL_ROWS, full)):
-                cells = cells_of(options, [suite.about(target)], only=target)
+                cells = cells_of(options.output_dir, [suite.about(target)], only=target)
                 yield Group(target, None, suite is full, {label: individual}, cells)
             for donor in plan.donors:
                 if donor != target:
@@ -67,7 +62,7 @@ class TransferTable:
                         label: weighted(method, target, donor, plan.donor_weights)
                         for label, method in plan.methods.items()
                     }
-                    cells = cells_of(options, about, only=target)
+                    cells = cells_of(options.output_dir, about, only=target)
                     yield Group(target, donor, False, methods, cells)
 
     def records(self) -> Iterator[Record]:
@@ -76,7 +71,7 @@ class TransferTable:
 
     def steps_left(self) -> tuple[int, int]:
         """How many steps there are, and how many of them are on disk."""
-        counted = [steps_of(g.find, m) for g in self.groups for m in g.methods.values()]
+        counted = [steps_of(g.cells, m) for g in self.groups for m in g.methods.values()]
         return added(counted)
 
     def run(self, steps: Steps) -> None:
@@ -89,8 +84,8 @@ class TransferTable:
         self.few.let_go()
 
     def _of(self, group: Group) -> Iterator[Record]:
-        about = (self.seed.seed, "intermediate", group.case)
-        return method_records(group.methods, group.find, *about)
+        about = {"seed": self.seed.seed, "table": "intermediate", "case": group.case}
+        return method_records(group.methods, group.cells, **about)
 
     def _bench(self, group: Group, steps: Steps) -> Bench:
         target = (self.seed.suite if group.full else self.few).task(group.target, steps)

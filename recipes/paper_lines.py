@@ -4,17 +4,17 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bench import Bench, Merge, Opened, Steps
+from bench import Bench, Opened
+from cells import Merge
 from compare import choose, merges_of
 from merge_options import MethodOptions
+from paper_records import Record, added
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
-from paper_tables import Record, added
+from steps import Steps
 from typing_extensions import override
 
 from mats_lightning.methods import REFERENCES
-
-__all__ = ["AblationTable", "StartTable"]
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,26 @@ class LineTable:
         """The merges, in the order of the table."""
 
     def records(self) -> Iterator[Record]:
+        find = self.seed.cells.find
         for line in self.lines():
             for n in line.counts:
-                cell = None if line.merge is None else self.seed.find(line.merge, n, "validation")
-                about = (self.seed.seed, self.name, "", line.label, line.settings)
-                yield Record(*about, n, "validation", cell)
+                cell = None if line.merge is None else find(line.merge, n, "validation")
+                yield Record(
+                    seed=self.seed.seed,
+                    table=self.name,
+                    label=line.label,
+                    settings=line.settings,
+                    iterations=n,
+                    split="validation",
+                    cell=cell,
+                )
 
     def steps_left(self) -> tuple[int, int]:
         return added([self._steps(line.merge, line.counts) for line in self.lines()])
 
     def _steps(self, merge: Merge | None, counts: tuple[int, ...]) -> tuple[int, int]:
         """One for the merge, and one for each of its counts."""
-        cells = [merge and self.seed.find(merge, count, "validation") for count in counts]
+        cells = [merge and self.seed.cells.find(merge, count, "validation") for count in counts]
         known = sum(cell is not None for cell in cells)
         return 1 + len(counts), known + (known == len(counts))
 
@@ -100,7 +108,7 @@ class StartTable(LineTable):
         """The merge with its start; None where the start's settings are not chosen yet."""
         if method.method in ("average", "pretrained"):
             return replace(merge, options={**merge.options, "init": method.method})
-        chosen = choose(self.seed.find, list(merges_of(method)))
+        chosen = choose(self.seed.cells, list(merges_of(method)))
         if chosen is None:
             return None
         start, count, _ = chosen

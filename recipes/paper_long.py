@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import Cell
-from paper_tables import Record
+from cells import Cell
+from paper_records import Record, individual_cells
 
 from mats_lightning.files import write_text
 from mats_lightning.report import relative
-
-__all__ = ["MISSING", "write_long"]
 
 MISSING = "missing"
 FIXED = ("seed", "table", "case", "label", "settings", "iterations", "split", "status")
@@ -40,11 +38,7 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
     table "refresh" they are of the refresh or the training, without the merge. `seconds` are
     of what the table of the cost counts.
     """
-    individual = {
-        record.seed: record.cell
-        for record in records
-        if record.table == "methods" and record.label == "individual"
-    }
+    individual = individual_cells(records)
     rows = []
     for record in records:
         row: dict[str, Any] = {name: getattr(record, name) for name in FIXED[:-1]}

@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from bench import Bench, Cell, Merge, Opened, Steps
+from bench import Bench, Opened
+from cells import Cell, Merge
+from paper_records import Record, added
 from paper_seeds import Seed
 from paper_settings import Refresh, Setting
-from paper_tables import Record, added, chosen_point
+from paper_tables import chosen_point
 from refresh_rivals import Start, train_rival
 from refreshed import Before, run_plan, tested, with_kept
+from steps import Steps
 from train_tasks import folder_of
 
 from mats_lightning import MergeModule, RefreshPlan
-
-__all__ = ["RefreshTable"]
 
 RIVALS = ("together", "from the merge")
 SPLITS = ("validation", "test")
@@ -48,6 +49,10 @@ class Training:
     rate: float
     point: tuple[Merge, int] | None
 
+    @property
+    def words(self) -> str:
+        return f"learning rate {self.rate:g}"
+
     def key(self, plan: RefreshPlan, split: str) -> dict[str, Any]:
         key: dict[str, Any] = {"training_rows": plan.rows, "rows_seed": plan.seed, "split": split}
         if self.point is not None:
@@ -59,8 +64,8 @@ class Training:
 class RefreshTable:
     """Each line after each of its rounds on validation and on test rows, and the rivals.
 
-    A round that is taken back leaves things as they were: the cells after it are those before it,
-    and what it took counts. `merge_seconds` of a cell are those of the refresh up to its round.
+    A round that is taken back changes nothing: its cell repeats the scores before it, and its
+    seconds are added. `merge_seconds` of a cell are those of the refresh up to its round.
 
     Args:
         setting: the file.
@@ -96,7 +101,7 @@ class RefreshTable:
 
     def _point(self, label: str) -> tuple[Merge, int] | None:
         """What the methods' table has chosen, on the first seed."""
-        return chosen_point((self.first or self.seed).find, self.setting.methods[label])
+        return chosen_point((self.first or self.seed).cells, self.setting.methods[label])
 
     def trainings(self, label: str) -> list[Training]:
         """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
@@ -112,7 +117,7 @@ class RefreshTable:
 
     def _best(self, tried: list[Training], seed: Seed) -> Training | None:
         """On the validation rows of this seed; None while one is missing."""
-        cells = [self._cell(seed, one.key(self._plan_of_rivals(), "validation")) for one in tried]
+        cells = [seed.cells.at(one.key(self._plan_of_rivals(), "validation")) for one in tried]
         known = [(cell.average, one) for cell, one in zip(cells, tried, strict=True) if cell]
         if len(known) < len(tried):
             return None
@@ -121,33 +126,32 @@ class RefreshTable:
     def _plan_of_rivals(self) -> RefreshPlan:
         return self._line(self.refresh.merge, "", self.plan).plan
 
-    def _cell(self, seed: Seed, key: dict[str, Any] | None) -> Cell | None:
-        found = None if key is None else seed.cells.find(key)
-        return None if found is None else Cell(**found)
-
     def records(self) -> Iterator[Record]:
         for line in self.lines():
-            about = (self.seed.seed, "refresh", "", line.method, line.label)
+            about = self._about(label=line.method, settings=line.label)
             for number in range(line.plan.rounds + 1):
                 for split in SPLITS:
-                    cell = self._cell(self.seed, line.key(number, split))
-                    yield Record(*about, number, split, cell)
+                    cell = self.seed.cells.at(line.key(number, split))
+                    yield Record(**about, iterations=number, split=split, cell=cell)
         for label in RIVALS if self.refresh.learning_rates else ():
             yield from self._records_of_rival(label)
 
     def _records_of_rival(self, label: str) -> Iterator[Record]:
         plan = self._plan_of_rivals()
-        about = (self.seed.seed, "refresh", "", f"trained {label} on {plan.rows} rows")
+        about = self._about(label=f"trained {label} on {plan.rows} rows")
         tried = self.trainings(label)
         for one in tried:
-            cell = self._cell(self.seed, one.key(plan, "validation"))
-            yield Record(*about, f"learning rate {one.rate:g}", 0, "validation", cell)
+            cell = self.seed.cells.at(one.key(plan, "validation"))
+            yield Record(**about, settings=one.words, split="validation", cell=cell)
         best = self._best(tried, self.seed) if tried else None
         if best is None:
-            yield Record(*about, "not chosen yet", 0, "test", None)
+            yield Record(**about, settings="not chosen yet", split="test")
         else:
-            cell = self._cell(self.seed, best.key(plan, "test"))
-            yield Record(*about, f"learning rate {best.rate:g}", 0, "test", cell)
+            cell = self.seed.cells.at(best.key(plan, "test"))
+            yield Record(**about, settings=best.words, split="test", cell=cell)
+
+    def _about(self, **more: Any) -> dict[str, Any]:
+        return {"seed": self.seed.seed, "table": "refresh", **more}
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class RefreshTable:
         for label in RIVALS if self.refresh.learning_rates else ():
             total = len(self.refresh.learning_rates) if self.first is None else 1
             tried, plan = self.trainings(label), self._plan_of_rivals()
-            known = [self._cell(self.seed, one.key(plan, "validation")) for one in tried]
+            known = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
             done = [cell is not None for cell in known]
             counted.append((total, sum(done)))
             if label == "from the merge":
@@ -168,7 +172,7 @@ class RefreshTable:
         return added(counted)
 
     def _done(self, line: Line) -> bool:
-        return self._cell(self.seed, line.key(line.plan.rounds, "test")) is not None
+        return self.seed.cells.at(line.key(line.plan.rounds, "test")) is not None
 
     def run(self, steps: Steps) -> None:
         bench = self.seed.bench(steps)
@@ -203,20 +207,20 @@ class RefreshTable:
         folder = folder_of(self.seed.options.output_dir / "refresh", "rounds", self._settings(line))
         rounds = run_plan(bench, module, line.plan, folder, progress=False)
         assert line.point is not None
-        merge = self.seed.find(*line.point, "test")
+        merge = self.seed.cells.find(*line.point, "test")
         states = tested(bench, module, rounds, folder, None if merge is None else merge.scores)
         for number in range(line.plan.rounds + 1):
             state = states[min(number, len(states) - 1)]
             for split, scores in zip(SPLITS, (state.done.scores, state.scores), strict=True):
                 key = line.key(number, split)
-                if self._cell(self.seed, key) is None:  # plans can have their round 0 in common
+                if self.seed.cells.at(key) is None:  # plans can have their round 0 in common
                     self._keep(key, scores, state.seconds)
         shutil.rmtree(folder)
         return sum(states[-1].scores.values()) / len(states[-1].scores)
 
     def _keep(self, key: dict[str, Any] | None, scores: dict[str, float], seconds: float) -> None:
         assert key is not None
-        self.seed.cells.keep(key, asdict(Cell(scores, 0.0, merge_seconds=seconds)))
+        self.seed.cells.keep(key, Cell(scores, 0.0, merge_seconds=seconds))
 
     def _settings(self, line: Line) -> dict[str, Any]:
         """What decides a line's rounds: its key, and the fine-tunes and rows of its seed."""
@@ -230,13 +234,13 @@ class RefreshTable:
                 f"refresh: the learning rate of 'trained {label}' is chosen by seed"
                 f" {(self.first or self.seed).seed}, which has not been measured yet"
             )
-        missing = [one for one in tried if self._cell(self.seed, one.key(plan, "test")) is None]
+        missing = [one for one in tried if self.seed.cells.at(one.key(plan, "test")) is None]
         if not missing:
             return
         start = None
         if label == "from the merge":
             line = self._line(self.refresh.merge, "", self.plan)
-            refreshed = self._cell(self.seed, line.key(plan.rounds, "test"))
+            refreshed = self.seed.cells.at(line.key(plan.rounds, "test"))
             assert refreshed is not None  # `run` begins with it
             start = Start(self._merged(bench, self.refresh.merge), refreshed.merge_seconds)
         for one in missing:

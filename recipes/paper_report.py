@@ -8,21 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from bench import Cell
+from cells import Cell
 from paper_long import MISSING
-from paper_tables import Record, merge_seconds
+from paper_records import Record, individual_cells, merge_seconds
 
-from mats_lightning.methods import REFERENCES
 from mats_lightning.report import relative
-
-__all__ = ["tables_in"]
-
 
 METHODS_ON_TEST = ("methods", "test")
 
 
 @dataclass(frozen=True)
-class Table:
+class Section:
     """A heading, what to say of it, and its lines, the header first."""
 
     title: str
@@ -49,20 +45,20 @@ def spread(values: Sequence[float | None], digits: int = 3) -> str:
     return text if len(known) == len(values) else f"{text}, {len(values) - len(known)} {MISSING}"
 
 
-def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Section]:
     """Test scores over the seeds, then of each seed."""
     tested = [r for r in records if r.table == "methods" and r.split == "test"]
     seeds = sorted({record.seed for record in tested})
     labels = list(dict.fromkeys(record.label for record in tested))
     of = {(record.seed, record.label): record for record in tested}
+    individual = individual_cells(records)
 
     def each(label: str, value: Callable[[Cell, int], float | None]) -> list[float | None]:
         cells = [(of[seed, label].cell, seed) for seed in seeds]
         return [None if cell is None else value(cell, seed) for cell, seed in cells]
 
     def to_individual(cell: Cell, seed: int) -> float | None:
-        individual = of[seed, "individual"].cell
-        return None if individual is None else relative(cell.scores, individual.scores)
+        return relative(cell.scores, individual[seed].scores) if seed in individual else None
 
     lines = [["method", *tasks, "average", "relative"]]
     for label in labels:
@@ -74,25 +70,25 @@ def method_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table
         f"{', '.join(map(str, seeds))}: mean (lowest to highest). relative: the mean over tasks of "
         "score / individual."
     )
-    tables = [Table("Methods", text, lines)]
+    tables = [Section("Methods", text, lines)]
     for seed in seeds:
         lines = [["method", "settings", *tasks, "average", "relative", "s of merging"]]
         for label in labels:
             record = of[seed, label]
             numbers = [MISSING] * (len(tasks) + 3)
-            seconds = label not in REFERENCES
             if (cell := record.cell) is not None:
                 own = to_individual(cell, seed)
                 numbers = [f"{cell.scores[task]:.3f}" for task in tasks]
                 numbers += [f"{cell.average:.3f}", MISSING if own is None else f"{own:.3f}"]
                 took = merge_seconds(record, records)
-                numbers.append("" if not seconds else MISSING if took is None else f"{took:.1f}")
+                shown = MISSING if took is None else f"{took:.1f}"
+                numbers.append("" if record.is_reference else shown)
             lines.append([label, record.words, *numbers])
         text = (
             "Test rows. The seconds are of the merge, with the last iterations of its grid, or of "
             "multitask training."
         )
-        tables.append(Table(f"Methods, seed {seed}", text, lines))
+        tables.append(Section(f"Methods, seed {seed}", text, lines))
     return tables
 
 
@@ -100,12 +96,13 @@ def score_on(task: str) -> Callable[[Cell, int], float | None]:
     return lambda cell, seed: cell.scores[task]
 
 
-def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Section]:
     """Test scores after the last round, over the seeds; and each round, on validation rows."""
     found = [record for record in records if record.table == "refresh"]
     if not found:
         return []
     seeds = sorted({record.seed for record in found})
+    individual = individual_cells(records)
     before = {(r.seed, r.label): r.cell for r in records if (r.table, r.split) == METHODS_ON_TEST}
     validated = {
         (r.seed, r.label, r.settings, r.iterations): r.cell for r in found if r.split != "test"
@@ -124,8 +121,10 @@ def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Tabl
     for (label, plan), own in last.items():
         cells = [record.cell for record in own.values()]
         to_individual = [
-            None if cell is None or whole is None else relative(cell.scores, whole.scores)
-            for cell, whole in zip(cells, (before[s, "individual"] for s in own), strict=True)
+            None
+            if r.cell is None or s not in individual
+            else relative(r.cell.scores, individual[s].scores)
+            for s, r in own.items()
         ]
         on_validation = [
             validated.get((r.seed, r.label, r.settings, r.iterations)) for r in own.values()
@@ -149,10 +148,10 @@ def refresh_tables(records: Sequence[Record], tasks: Sequence[str]) -> list[Tabl
         f"validation and tests; seeds {', '.join(map(str, seeds))}: mean (lowest to highest), of "
         f"some lines seed {seeds[0]} alone."
     )
-    return [Table("Refresh", text, lines), *round_tables(found)]
+    return [Section("Refresh", text, lines), *round_tables(found)]
 
 
-def round_tables(found: Sequence[Record]) -> list[Table]:
+def round_tables(found: Sequence[Record]) -> list[Section]:
     """The plans with rounds."""
     rounds = max(record.iterations for record in found)
     if not rounds:
@@ -171,10 +170,10 @@ def round_tables(found: Sequence[Record]) -> list[Table]:
             )
         lines.append(line)
     text = "Average on validation rows. A round that was taken back leaves it as it was."
-    return [Table("Refresh, by round", text, lines)]
+    return [Section("Refresh, by round", text, lines)]
 
 
-def start_tables(records: Sequence[Record]) -> list[Table]:
+def start_tables(records: Sequence[Record]) -> list[Section]:
     """A table an objective and solver: starts by iterations."""
     found = [record for record in records if record.table == "starts"]
     tables = []
@@ -186,11 +185,11 @@ def start_tables(records: Sequence[Record]) -> list[Table]:
         for start in dict.fromkeys(start for start, _ in cells):
             lines.append([start.removeprefix("start "), *(score(cells[start, n]) for n in counts)])
         text = f"Average on validation rows, seed {found[0].seed}."
-        tables.append(Table(f"Starts: {label}", text, lines))
+        tables.append(Section(f"Starts: {label}", text, lines))
     return tables
 
 
-def ablation_tables(records: Sequence[Record]) -> list[Table]:
+def ablation_tables(records: Sequence[Record]) -> list[Section]:
     """A line a baseline, and a line a change of it."""
     found = [record for record in records if record.table == "ablations"]
     if not found:
@@ -207,14 +206,14 @@ def ablation_tables(records: Sequence[Record]) -> list[Table]:
         residual = "" if cell is None or cell.residual is None else f"{cell.residual:.1e}"
         lines.append([record.label, record.settings, score(cell), difference, residual])
     text = f"Average on validation rows, seed {found[0].seed}; one thing changed at a time."
-    return [Table("Ablations", text, lines)]
+    return [Section("Ablations", text, lines)]
 
 
 def score(cell: Cell | None) -> str:
     return MISSING if cell is None else f"{cell.average:.3f}"
 
 
-def cost_tables(records: Sequence[Record]) -> list[Table]:
+def cost_tables(records: Sequence[Record]) -> list[Section]:
     """A line for each thing that was counted."""
     found = [record for record in records if record.table == "cost"]
     if not found:
@@ -230,10 +229,10 @@ def cost_tables(records: Sequence[Record]) -> list[Table]:
         f"Of all tasks together, seed {found[0].seed}. FLOPs of matrix products and convolutions "
         "alone: decompositions and what goes over the numbers one by one are not counted."
     )
-    return [Table("Cost", text, lines)]
+    return [Section("Cost", text, lines)]
 
 
-def transfer_tables(records: Sequence[Record]) -> list[Table]:
+def transfer_tables(records: Sequence[Record]) -> list[Section]:
     """A line a target and donor: the target alone, each method's best weight, all of its rows."""
     found = [r for r in records if r.table == "intermediate" and r.split == "test"]
     if not found:
@@ -254,10 +253,10 @@ def transfer_tables(records: Sequence[Record]) -> list[Table]:
         "The target's score on its test rows; the donor's weight is chosen on the target's "
         f"validation rows; seeds {', '.join(map(str, seeds))}: mean (lowest to highest)."
     )
-    return [Table("Intermediate tasks", text, lines)]
+    return [Section("Intermediate tasks", text, lines)]
 
 
-def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Table]:
+def tables_in(records: Sequence[Record], tasks: Sequence[str]) -> list[Section]:
     """All tables that there are records of."""
     tables = method_tables(records, tasks) if any(r.table == "methods" for r in records) else []
     tables += refresh_tables(records, tasks)

@@ -1,18 +1,20 @@
 """One seed of a setting: where its measurements are, before anything is trained; and its bench."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from bench import Bench, Cell, Merge, Steps, evaluation_trainer, find_cell
-from cells import Cells, rows_digest
-from merge import starts
+from bench import Bench
+from cells import Cell, cells_of, rows_digest
+from classifier import logits
+from finetunes import starts
 from merge_options import Options, options_of
-from multitask import multitask_folder, multitask_scores, train_multitask
+from multitask_model import multitask_folder, multitask_scores, train_multitask
 from paper_settings import Setting
+from steps import Steps
 from torch import Tensor
 from train_tasks import (
     as_task,
@@ -28,8 +30,7 @@ from train_tasks import (
 
 from mats_lightning import Task, collect_statistics, save_statistics
 from mats_lightning.sidecar import sidecar_path
-
-__all__ = ["Seed", "Suite", "cells_of"]
+from mats_lightning.task_rounds import quiet_trainer
 
 
 class Suite:
@@ -88,24 +89,19 @@ class Seed:
         self.options = options_of({**setting.options, "seed": seed})
         self.suite = Suite(self.options)
         self.tasks = list(self.suite.by_name)
-        self.cells = cells_of(self.options, [self.suite.about(name) for name in self.tasks])
+        self.cells = cells_of(
+            self.options.output_dir, [self.suite.about(name) for name in self.tasks]
+        )
         self.multitask = multitask_folder(self.options, self.suite.settings)[0]
-
-    def find(self, merge: Merge, count: int, split: str) -> Cell | None:
-        return find_cell(self.cells, merge, count, split)
 
     @cached_property
     def starts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """As merge.py's: of new modules, since merges go into those of the tasks."""
         return starts([self.suite.start(name) for name in self.tasks])
 
-    def multitask_cell(self) -> Cell | None:
-        """Test scores of multitask training, where they are on disk."""
-        found = self.cells.find(self.multitask_key)
-        return None if found is None else Cell(**found)
-
     @property
     def multitask_key(self) -> dict[str, Any]:
+        """Of the cell of multitask training, tested."""
         return {"method": "multitask", "training": training_of(self.multitask), "split": "test"}
 
     def measure_multitask(self, steps: Steps) -> None:
@@ -116,7 +112,7 @@ class Seed:
             "multitask: test", multitask_scores, self.options, self.suite.data, trained
         )
         cell = Cell(scores, seconds, merge_seconds=trained.seconds)
-        self.cells.keep(self.multitask_key, asdict(cell))
+        self.cells.keep(self.multitask_key, cell)
 
     def bench(self, steps: Steps) -> Bench:
         """All tasks of the suite; trains those that are missing."""
@@ -167,9 +163,9 @@ class Seed:
         trained = as_task(options, described, data, Path(task.checkpoint))
         module = trained.module
         module.load_state_dict({**module.state_dict(), **trained.weights})
-        module.to(evaluation_trainer(options.accelerator).strategy.root_device)
+        module.to(quiet_trainer(accelerator=options.accelerator).strategy.root_device)
         if arguments.get("fisher") == "sampled":
-            arguments["logits_fn"] = lambda module, batch: module(batch)
+            arguments["logits_fn"] = logits
         found = collect_statistics(module, data.train_dataloader(), progress=False, **arguments)
         save_statistics(found, path)
         return path
@@ -179,12 +175,3 @@ def collected_path(checkpoint: Path, settings: Mapping[str, Any]) -> Path:
     """Where statistics of these settings are, whether they have been taken or not."""
     digest = folder_of(checkpoint.parent, "statistics", dict(settings)).name
     return sidecar_path(f"{checkpoint}.{digest}")
-
-
-def cells_of(options: Options, about: Sequence[tuple[Path, str]], only: str | None = None) -> Cells:
-    """As cells_of_tasks has it for tasks that are trained; `only` is the one that is scored."""
-    folders, rows = zip(*about, strict=True)
-    shared: dict[str, Any] = {"rows": list(rows)}
-    if only is not None:
-        shared["only"] = only
-    return Cells(options.output_dir / "cells", folders, shared)

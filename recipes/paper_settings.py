@@ -12,20 +12,6 @@ from merge_options import MethodOptions, check_methods
 from mats_lightning import RefreshPlan
 from mats_lightning.methods import REFERENCES
 
-__all__ = [
-    "FOLDER",
-    "TABLES",
-    "Ablations",
-    "Change",
-    "Cost",
-    "Intermediate",
-    "Refresh",
-    "Setting",
-    "Solver",
-    "Starts",
-    "read_setting",
-]
-
 FOLDER = Path(__file__).with_name("paper")
 TABLES = ("methods", "refresh", "starts", "ablations", "cost", "intermediate")
 

@@ -23,21 +23,21 @@ anew, on the fine-tunes that are there.
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench import Bench, Merge, Steps, evaluate
-from cells import cells_of_tasks
+from bench import Bench, evaluate
+from cells import Merge, cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
-from jsonargparse import ArgumentParser
-from merge import check_methods_fit, finetuned_tasks, peak_memory, quiet_lightning, starts
-from merge_options import MethodOptions, Options, parse_options
+from finetunes import check_methods_fit, finetuned_tasks, starts
+from merge_options import MethodOptions, Options, parse_arguments, parser_of
+from process import peak_memory, quiet_lightning
 from refresh_rivals import Start, train_rival
 from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
+from steps import Steps
 from train_tasks import folder_of, write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
@@ -83,6 +83,7 @@ class Line:
 
     row: Row
     seconds: float | None  # since the merge: heads, statistics and steps, or training
+    curve: str  # that it is a point of in the figure; "" for none
 
 
 def main(args: Sequence[str] | None = None) -> list[Line]:
@@ -92,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     methods = {own.method: chosen(options, own.method)}
     check_methods_fit(options, methods)
     tasks, _ = finetuned_tasks(options)
-    cells = cells_of_tasks(options.output_dir / "cells", tasks)
+    cells = cells_of_tasks(options.output_dir, tasks)
     if options.again:
         forget({**INDIVIDUAL, **methods}, cells)
     with Steps() as steps:
@@ -110,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     before = Before(module)
     rounds = run_plan(bench, module, plan, folder, progress=True)
     tests = tested(bench, module, rounds, folder, merge.scores)
-    lines = [Line(individual.row, None), Line(merge.row, 0.0), *lines_of(tests)]
+    lines = [Line(individual.row, None, ""), Line(merge.row, 0.0, "refresh"), *lines_of(tests)]
     if own.rivals:
         if plan.heads:
             lines.append(probe(bench, replace(plan, rounds=0)))
@@ -123,41 +124,20 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
 
 def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
     """Our own options, and those of merge.py. Raises SystemExit with the reason, as that does."""
-    given = list(sys.argv[1:] if args is None else args)
-    parser = ArgumentParser(prog="refresh.py", add_help=False, usage=None)
+    parser = parser_of("refresh.py", "Merge, and refresh; the options of merge.py and its own.")
     parser.add_class_arguments(RefreshPlan, "plan")
-    parser.add_argument("--method", type=str, default=RefreshOptions.method)
-    parser.add_argument("--rivals", action="store_true")
-    parser.add_argument("--rival_rates", type=list[float], default=[])
-    ours, theirs = split(given)
-    if {"-h", "--help"} & set(theirs):
-        print(f"Options of refresh.py:\n{parser.format_help()}\nand those of merge.py:\n")
-    options = parse_options(
-        theirs, "refresh.py", "Merge, and refresh; the options of merge.py beside those above."
+    parser.add_argument("--method", type=str, default=RefreshOptions.method, help="to refresh")
+    parser.add_argument("--rivals", action="store_true", help="train on the same rows, too")
+    parser.add_argument(
+        "--rival_rates", type=list[float], default=[], help="highest learning rates of the rivals"
     )
-    try:
-        built = parser.instantiate(parser.parse_args(ours))
-    except ValueError as error:  # of the plan
-        parser.error(str(error))
-    if built.method not in options.methods:
-        parser.error(f"--method {built.method!r} is none of {', '.join(options.methods)}")
-    if options.methods[built.method].method in REFERENCES:
-        parser.error(f"--method {built.method!r} merges nothing, so there is nothing to refresh")
-    return RefreshOptions(built.plan, built.method, built.rivals, built.rival_rates), options
-
-
-def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, each with its value, and the others."""
-    ours: list[str] = []
-    theirs: list[str] = []
-    value_of: list[str] | None = None  # where the value of the argument before goes
-    for arg in args:
-        if arg.startswith("-"):
-            name = arg.partition("=")[0]
-            mine = name in ("--method", "--rivals", "--rival_rates") or name.startswith("--plan.")
-            value_of = ours if mine else theirs
-        (theirs if value_of is None else value_of).append(arg)
-    return ours, theirs
+    options, made = parse_arguments(parser, args)
+    own = RefreshOptions(made.plan, made.method, made.rivals, made.rival_rates)
+    if own.method not in options.methods:
+        parser.error(f"--method {own.method!r} is none of {', '.join(options.methods)}")
+    if options.methods[own.method].method in REFERENCES:
+        parser.error(f"--method {own.method!r} merges nothing, so there is nothing to refresh")
+    return own, options
 
 
 def chosen(options: Options, label: str) -> MethodOptions:
@@ -167,7 +147,7 @@ def chosen(options: Options, label: str) -> MethodOptions:
     if options.again or not results.exists():
         return method
     known = json.loads(results.read_text(encoding="utf-8"))
-    now = as_json(options)
+    now = options.as_json()
     # results of an earlier version lack what was not there to be set
     then = {**defaults(), **known["options"]}
     names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
@@ -179,12 +159,6 @@ def chosen(options: Options, label: str) -> MethodOptions:
     settings = rows[label]["settings"]
     print(f"{label}: settings from {results}: {settings}")
     return MethodOptions(method.method, settings)
-
-
-def as_json(options: Options) -> dict[str, Any]:
-    """As results.json has them."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
-    return found
 
 
 def defaults() -> dict[str, Any]:
@@ -220,7 +194,7 @@ def lines_of(tests: Sequence[Tested]) -> list[Line]:
         if done.taken or (done.number == 0 and done.heads):
             words = f"step {done.step:g}, {test.seconds:.0f} s, validation {done.average:.3f}"
             label = f"refresh, round {done.number}" if done.number else "heads alone"
-            lines.append(Line(Row(label, words, test.scores), test.seconds))
+            lines.append(Line(Row(label, words, test.scores), test.seconds, "refresh"))
     return lines
 
 
@@ -230,7 +204,8 @@ def probe(bench: Bench, plan: RefreshPlan) -> Line:
     (done,) = run_plan(bench, module, plan, folder=None, progress=True)
     scores = evaluate(module, bench.trainer.test)
     words = f"{seconds_of(done):.0f} s, validation {done.average:.3f}"
-    return Line(Row("trained heads alone, no merge", words, scores), seconds_of(done))
+    label = "trained heads alone, no merge"
+    return Line(Row(label, words, scores), seconds_of(done), label)
 
 
 def rivals(
@@ -249,8 +224,8 @@ def rivals(
         tried = {rate: train_rival(options, tasks, plan, rate, start) for rate in rates}
         rate, best = max(tried.items(), key=lambda entry: entry[1].average)
         words = f"{best.steps} steps at {rate:g}, {best.seconds:.0f} s"
-        row = Row(f"trained {label} on {plan.rows} rows", words, best.tested)
-        lines.append(Line(row, best.seconds))
+        name = f"trained {label} on {plan.rows} rows"
+        lines.append(Line(Row(name, words, best.tested), best.seconds, name))
     return lines
 
 
@@ -266,13 +241,13 @@ def report(
     print_table(rows, "test accuracy; seconds are those of heads and steps, or of training")
     write_markdown(rows, folder / "results.md")
     write_csv(rows, folder / "results.csv")
-    steps = [line for line in lines[1:] if not line.row.method.startswith("trained")]
-    curves = {"refresh": [(line.seconds or 0.0, average(line.row)) for line in steps]}
-    for line in lines[len(steps) + 1 :]:
-        curves[line.row.method] = [(line.seconds or 0.0, average(line.row))]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line.curve:
+            curves.setdefault(line.curve, []).append((line.seconds or 0.0, average(line.row)))
     plot_seconds(curves, folder / "seconds.png", individual=average(rows[0]))
     summary = {
-        "options": as_json(options),
+        "options": options.as_json(),
         "plan": asdict(plan),
         "merge": merge.as_json(),
         "rounds": [asdict(done) for done in rounds],

@@ -1,7 +1,7 @@
 """What training reaches on the rows of a refresh: the rivals that it must be held against."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from statistics import mean
@@ -9,21 +9,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from bench import evaluation_trainer
 from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import RichProgressBar, Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from merge_options import Options
-from multitask import Interleaved, MultitaskClassifier
+from multitask_model import Interleaved, MultitaskClassifier, accuracies
+from process import return_memory
 from torch.utils.data import DataLoader
-from train_tasks import return_memory, task_module
+from train_tasks import task_module
 from typing_extensions import override
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.batches import first_rows
-
-__all__ = ["Rival", "Start", "train_rival"]
+from mats_lightning.task_rounds import quiet_trainer
 
 WARM_UP = 0.1  # of all steps, or of the time
 
@@ -153,15 +152,10 @@ def _train(
     seconds, steps = time.perf_counter() - started, trainer.global_step
     del trainer
     return_memory()
-    tester = evaluation_trainer(options.accelerator)
-    validated = {task.name: _score(tester.validate, module, task) for task in tasks}
-    tested = {task.name: _score(tester.test, module, task) for task in tasks}
+    tester = quiet_trainer(accelerator=options.accelerator)
+    rows = {task.name: task.data for task in tasks}
+    validated, tested = (accuracies(module, rows, run) for run in (tester.validate, tester.test))
     return Rival(validated, tested, seconds, steps)
-
-
-def _score(run: Callable[..., Any], module: MultitaskClassifier, task: Task) -> float:
-    (metrics,) = run(module.classifiers[task.name], task.data, verbose=False)
-    return float(metrics[task.metric])
 
 
 def shuffled(task: Task, plan: RefreshPlan) -> DataLoader[Any]:

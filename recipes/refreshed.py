@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import Bench, evaluate
+from classifier import logits
 
 from mats_lightning import MergeModule, RefreshPlan, refresh
 from mats_lightning.merging import MergeResult
 from mats_lightning.rounds import Folder, Round
-
-__all__ = ["Before", "Tested", "run_plan", "seconds_of", "tested", "with_kept"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,6 @@ def run_plan(
     return refresh(
         module, plan, trainer=bench.trainer, folder=folder, logits_fn=logits, progress=progress
     )
-
-
-def logits(module: Any, batch: Any) -> Any:
-    """The classifier's own."""
-    return module(batch)
 
 
 def tested(

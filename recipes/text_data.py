@@ -5,16 +5,14 @@ from collections.abc import Hashable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from labelled_data import HubDataset, LabelledData
 from packages import model_path
-from text_tasks import TASKS, read_task
+from text_tasks import TASKS
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from typing_extensions import override
-
-__all__ = ["TextData"]
 
 
 class TextData(LabelledData):
@@ -32,6 +30,8 @@ class TextData(LabelledData):
     """
 
     tasks = TASKS
+    column = "text"
+    feature = Value("string")
     hub_columns: ClassVar = {"text": "text_column", "pair": "text_pair_column"}
 
     def __init__(
@@ -44,10 +44,6 @@ class TextData(LabelledData):
     ) -> None:
         super().__init__(task, hub, model, **options)
         self.max_length = max_length
-
-    @override
-    def read_task(self, name: str) -> Dataset:
-        return read_task(name)
 
     @override
     def key(self, row: Mapping[str, Any]) -> Hashable:

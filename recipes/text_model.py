@@ -6,8 +6,6 @@ from classifier import Batch, Classifier
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["TextClassifier"]
-
 
 class TextClassifier(Classifier):
     """The mean of the backbone's last hidden states over a text's tokens, under a linear head.

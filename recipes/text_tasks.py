@@ -4,17 +4,9 @@ import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from datasets import Dataset, Value
-from packaged_tasks import PackagedTask, Rows, labelled_rows
-
-__all__ = ["TASKS", "read_task"]
+from packaged_tasks import PackagedTask, Rows
 
 POLARITY = ("negative", "positive")
-
-
-def read_task(name: str) -> Dataset:
-    """All labelled rows of the task `name`, with the columns `text` and `label` (a ClassLabel)."""
-    return labelled_rows(TASKS[name], "text", Value("string"))
 
 
 def read_trec(folder: Path) -> Rows:

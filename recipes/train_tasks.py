@@ -13,14 +13,11 @@ settings trains again beside the earlier one, and checkpoints of different setti
                                                                    and the id of this training
 """
 
-import ctypes
-import gc
 import hashlib
 import json
 import re
 import secrets
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -28,35 +25,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from adapters import STATISTICS, load_head, save_adapter
+from adapters import CALLBACK_ARGUMENTS, load_head, save_adapter
 from classifier import Classifier
 from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from merge_options import Options, TaskOptions
+from process import return_memory
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback, Task
 from mats_lightning.files import write_text
 from mats_lightning.sidecar import sidecar_path
-
-__all__ = [
-    "COMMON",
-    "TrainedTask",
-    "as_task",
-    "checkpoint_in",
-    "finished",
-    "folder_of",
-    "return_memory",
-    "statistics_callback",
-    "task_data",
-    "task_folder",
-    "task_module",
-    "task_settings",
-    "train",
-    "train_task",
-    "training_of",
-    "write_json",
-]
 
 # the options that every fine-tune of a comparison shares
 COMMON = ("model", "epochs", "learning_rate", "batch_size", "train_rows", "seed")
@@ -194,15 +173,6 @@ def checkpoint_in(folder: Path) -> Path:
     return adapter if adapter.is_dir() else folder / f"{adapter.name}.ckpt"
 
 
-def return_memory() -> None:
-    """Give the system back what has been freed: glibc keeps a gigabyte of it after each fit."""
-    gc.collect()  # a trainer, its module and its data are in cycles
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
-
-
 def fit(
     options: Options,
     module: L.LightningModule,
@@ -235,7 +205,7 @@ def fit(
 
 def statistics_callback(options: Options) -> MaTSStatsCallback:
     """Takes what the merges need, in the last epoch."""
-    kinds = {} if options.adapter is None else STATISTICS[options.adapter]
+    kinds = {} if options.adapter is None else CALLBACK_ARGUMENTS[options.adapter]
     return MaTSStatsCallback(last_n_epochs=1, **kinds)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import merge
 import multitask
+import multitask_model
 import pytest
 import torch
 import train_tasks
 from classifier import Classifier
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_options import Options, parse_options
-from multitask import Interleaved, MultitaskClassifier
+from multitask_model import Data, Interleaved, MultitaskClassifier, Settings
 from test_recipes import WORDS, Crash, bert, configuration
 from test_recipes_images import dinov2, write_configuration
 from text_model import TextClassifier
@@ -33,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def parts(arguments: list[str]) -> tuple[Options, multitask.Data, multitask.Settings]:
+def parts(arguments: list[str]) -> tuple[Options, Data, Settings]:
     options = parse_options(arguments)
     data = {task: train_tasks.task_data(options, task) for task in options.task_list}
     settings: dict[Any, Any] = {
@@ -47,7 +48,7 @@ def parts(arguments: list[str]) -> tuple[Options, multitask.Data, multitask.Sett
 
 def test_one_backbone_and_a_head_a_task_or_group(tmp_path: Path, bert: Path) -> None:
     options, data, _ = parts(configuration(tmp_path, bert))  # colour and size share a head
-    module = multitask.multitask_module(options, data)
+    module = multitask_model.multitask_module(options, data)
     colour, size, kind = (module.classifiers[name] for name in WORDS)
     assert colour.backbone is size.backbone is kind.backbone is module.backbone
     assert colour.head is size.head and colour.head is not kind.head
@@ -76,7 +77,7 @@ def test_a_head_moves_in_its_own_batches_alone(
         return step(module, batch, batch_idx)
 
     monkeypatch.setattr(MultitaskClassifier, "training_step", noted)
-    multitask.train_multitask(options, data, settings)
+    multitask_model.train_multitask(options, data, settings)
     pairs = list(itertools.pairwise(taken))[2:]  # the learning rate starts at 0
     assert {own for (own, _), _ in pairs} == {0, 1}
     for (own, before), (_, after) in pairs:
@@ -129,7 +130,7 @@ def test_the_rows_and_steps_of_training_are_those_of_the_finetunes(
         return step(module, batch, batch_idx)
 
     monkeypatch.setattr(MultitaskClassifier, "training_step", noted)
-    multitask.train_multitask(options, data, settings)
+    multitask_model.train_multitask(options, data, settings)
     for epoch in (0, 1):
         for number, part in enumerate(data.values()):
             expected = Counter(tuple(row) for row in part._encoded["train"]["input_ids"])
@@ -146,7 +147,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, data, settings = parts(configuration(tmp_path, bert, epochs=3))
-    whole = multitask.train_multitask(options, data, settings)
+    whole = multitask_model.train_multitask(options, data, settings)
     assert whole.now and whole.checkpoint.parent.parent == tmp_path / "out/multitask"
     expected = {name: value.clone() for name, value in load_weights(whole.checkpoint).items()}
     assert sorted(path.name for path in whole.checkpoint.parent.iterdir()) == [
@@ -167,13 +168,15 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
 
     monkeypatch.setattr(MultitaskClassifier, "training_step", counted)
     with pytest.raises(Crash):
-        multitask.train_multitask(options, data, settings)
+        multitask_model.train_multitask(options, data, settings)
     (newest,) = whole.checkpoint.parent.glob("resume/*.ckpt")
     assert newest.name == "epoch=1.ckpt"
 
     trained_in.clear()
     torch.manual_seed(123)  # whatever the state of the generator is
-    again = multitask.train_multitask(options, *parts(configuration(tmp_path, bert, epochs=3))[1:])
+    again = multitask_model.train_multitask(
+        options, *parts(configuration(tmp_path, bert, epochs=3))[1:]
+    )
     assert trained_in == [2] * 18
     found = load_weights(again.checkpoint)
     assert again.now and again.checkpoint == whole.checkpoint
@@ -181,7 +184,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
-    kept = multitask.train_multitask(options, data, settings)
+    kept = multitask_model.train_multitask(options, data, settings)
     assert not kept.now and kept.seconds == again.seconds
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 import train_tasks
 import yaml
-from bench import Cell, Merge, Opened
-from cells import Cells
+from bench import Opened
+from cells import Cell, Cells, Merge
 from compare import merges_of
 from paper_lines import AblationTable, StartTable
+from paper_records import Record, merge_seconds
 from paper_seeds import Seed, Suite
 from paper_settings import read_setting
-from paper_tables import Record, merge_seconds
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -522,14 +522,14 @@ def test_cells_are_of_one_training(tmp_path: Path) -> None:
     """And cells of trainings without an id stay those of these trainings."""
     folder, key = tmp_path / "tasks/trec-01234567", {"method": "average"}
     cells = Cells(tmp_path / "cells", [folder], {"rows": ["0"]})
-    cells.keep(key, {"scores": {}})
+    cells.keep(key, Cell({}, 1.0))
     assert cells.about["fine-tunes"] == ["trec-01234567"]
     train_tasks.write_json(folder / "result.json", {"seconds": 1.0})
-    assert cells.find(key) == {"scores": {}}
+    assert cells.at(key) == Cell({}, 1.0)
     for training in ("a", "b"):
         train_tasks.write_json(folder / "result.json", {"seconds": 1.0, "id": training})
-        assert cells.find(key) is None
-        cells.keep(key, {"scores": {}})
+        assert cells.at(key) is None
+        cells.keep(key, Cell({}, 1.0))
     assert len(list((tmp_path / "cells").iterdir())) == 3
 
 
@@ -538,7 +538,8 @@ def test_seconds_of_the_whole_grid_are_shown() -> None:
 
     def record(split: str, iterations: int, seconds: float, merged_to: int) -> Record:
         cell = Cell({"trec": 0.5}, 1.0, seconds, merged_to)
-        return Record(0, "methods", "", "MaTS", "", iterations, split, cell)
+        about: dict[str, Any] = {"seed": 0, "table": "methods", "label": "MaTS"}
+        return Record(**about, iterations=iterations, split=split, cell=cell)
 
     grid = [record("validation", 2, 7.0, 20), record("validation", 20, 7.0, 20)]
     tested = record("test", 2, 3.0, 2)

@@ -10,9 +10,9 @@ import paper
 import paper_refresh
 import pytest
 import torch
-from bench import Steps
 from paper_seeds import Seed
 from paper_settings import read_setting
+from steps import Steps
 from test_recipes import WORDS, Crash, bert
 from test_recipes_paper import METHODS, own_cache, rows_of, run, seed_of, setting
 

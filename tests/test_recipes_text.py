@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from packaged_tasks import labelled_rows
 from packages import model_path
 from text_data import TextData
 from text_model import TextClassifier
-from text_tasks import TASKS, read_task
+from text_tasks import TASKS
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ ROWS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_and_disjoint_splits(task: str) -> None:
     read, distinct = ROWS[task]
-    labelled = read_task(task)
+    labelled = labelled_rows(TASKS[task], TextData.column, TextData.feature)
     assert len(labelled) == read
     assert set(labelled["label"]) == set(range(len(TASKS[task].classes)))
 
@@ -51,7 +52,7 @@ def test_rows_and_disjoint_splits(task: str) -> None:
     ],
 )
 def test_labels(task: str, text: str, label: str) -> None:
-    rows = read_task(task)
+    rows = labelled_rows(TASKS[task], TextData.column, TextData.feature)
     number = list(rows["text"]).index(text)
     assert rows.features["label"].int2str(rows[number]["label"]) == label
 

@@ -88,8 +88,9 @@ class Suite:
 
 def suite(config: Path) -> Suite:
     sys.path.append(str(RECIPES))
-    from merge import finetuned_tasks, quiet_lightning
+    from finetunes import finetuned_tasks
     from merge_options import parse_options
+    from process import quiet_lightning
 
     quiet_lightning()
     options = parse_options(["--config", str(config)])

@@ -34,6 +34,7 @@ from mats_lightning.products import (
 )
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_same_scaling, check_tasks
+from mats_lightning.tied import tied_names, with_tied
 
 Weights = Mapping[str, Tensor]
 METHODS: dict[str, Callable[..., Any]] = {
@@ -75,7 +76,14 @@ class JointMerge:
         self.method = method
         self.options = dict(options)
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
-        self._pretrained = pretrained
+        # task -> other name of a tied parameter -> the name under which it is merged
+        self._tied = {name: tied_names(task.module) for name, task in self.tasks.items()}
+        shared = next(iter(self._tied.values()))
+        self._pretrained = None
+        if pretrained is not None:
+            self._pretrained = with_tied(pretrained, shared, "pretrained")
+        if isinstance(init := self.options.get("init"), Mapping):
+            self.options["init"] = with_tied(init, shared, "options['init']")
         self._pretrained_heads = pretrained_heads
         self.weights = self._task_weights()
         self.lora_rank: int | None = None  # that merged products get as factors

@@ -67,11 +67,12 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"card", "checkpoints", "names"},
     "lora": {"card", "checkpoints", "export", "merging", "names"},
     "low_rank": {"lora", "merging", "operators", "statistics"},
-    "tasks": {"checkpoints", "names", "sidecar", "statistics"},
+    "tied": {"names"},
+    "tasks": {"checkpoints", "names", "sidecar", "statistics", "tied"},
     "products": {"checkpoints", "lora", "low_rank", "merging", "statistics", "tasks"},
     "report": set(),
     "merged": {"lora", "merging", "products", "tasks"},
-    "joint": {"merged", "merging", "products", "statistics", "tasks"},
+    "joint": {"merged", "merging", "products", "statistics", "tasks", "tied"},
     "merge_folder": {
         "card",
         "checkpoints",
@@ -103,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
         "sidecar",
         "statistics",
         "tasks",
+        "tied",
     },
     "rounds": {"checkpoints", "heads", "measuring", "merging", "sampled", "sidecar"},
     "task_rounds": {

@@ -154,14 +154,34 @@ class JointMerge:
                     f" merge ({name}): '{odd[0]}' is in one of them alone; if it belongs to a head,"
                     " name it in Task(head=...)"
                 )
+            ties = [self._tied_in(part, of) for of in (part.tasks[0], member)]
+            if odd := sorted(dict(ties[0].items() ^ ties[1].items())):
+                raise ValueError(
+                    f"tasks '{part.tasks[0]}' and '{member}' tie their parameters in different"
+                    f" ways: '{odd[0]}' is another parameter's second name in one of them alone;"
+                    " build their modules alike"
+                )
+
+    def _tied_in(self, part: PartOfTasks, member: str) -> dict[str, str]:
+        """Of a part's names those that one task has for a parameter that is merged under another.
+
+        A parameter is merged once, whatever the options say of its names.
+        """
+        names = set(part.names)
+        return {n: first for n, first in self._tied[member].items() if {n, first} <= names}
 
     def _merge_part(
         self, name: str, part: PartOfTasks, device: torch.device, progress: bool
     ) -> dict[int, MergeResult]:
         """The states by iteration count."""
-        thetas = [Part(self.tasks[member].weights, part.names, device) for member in part.tasks]
-        options, start = self._options_of(part.tasks, part.names), self._start_of(name, device)
-        return self._merge(name, part, thetas, start, options, progress)
+        tied = self._tied_in(part, part.tasks[0])
+        names = [n for n in part.names if n not in tied]
+        thetas = [Part(self.tasks[member].weights, names, device) for member in part.tasks]
+        options, start = self._options_of(part.tasks, names), self._start_of(name, device)
+        states = self._merge(name, part, thetas, start, options, progress)
+        for state in states.values():
+            state.state_dict |= {n: state.state_dict[first] for n, first in tied.items()}
+        return states
 
     def _merge_products(
         self, part: PartOfTasks, device: torch.device, progress: bool
@@ -236,15 +256,19 @@ class JointMerge:
         return {0: MergeResult(result, uncovered=uncovered)}
 
     def _averaged(self, names: list[str]) -> list[str]:
-        """The expressions that these names have; each must be in a name of some part."""
+        """Expressions for those of these names that are meant, by any name of what is tied.
+
+        Each that was given must be in a name of some part.
+        """
         given = self.options["averaged"]
         patterns = [given] if isinstance(given, str) else list(given)
-        everywhere: dict[str, None] = {}
+        merged_as: dict[str, str] = {}  # name -> that under which the parameter is merged
         for name, part in self._parts().items():
             products = name == SHARED and self.lora_rank is not None
-            everywhere |= dict.fromkeys(product_names(part.names) if products else part.names)
-        names_with(patterns, list(everywhere), "averaged")
-        return [p for p in patterns if any(re.search(p, name) for name in names)]
+            own = product_names(part.names) if products else part.names
+            merged_as |= dict(zip(own, own, strict=True)) | self._tied_in(part, part.tasks[0])
+        meant = {merged_as[n] for n in names_with(patterns, list(merged_as), "averaged")}
+        return [f"^{re.escape(name)}$" for name in names if name in meant]
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()

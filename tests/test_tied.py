@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from mats_lightning import MergeModule, Task, collect_statistics
+from mats_lightning import MergeModule, Task, collect_statistics, merging
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.measuring import measure, next_weights
 from mats_lightning.tied import tied_names, with_tied
@@ -193,3 +193,79 @@ def test_weights_without_anything_tied_stay_as_they_are() -> None:
     weights = {"a": torch.ones(1)}
     assert with_tied(weights, {}, "x") is weights
     assert with_tied(weights, {"c": "b"}, "x") is weights
+
+
+# -- one parameter is merged once --------------------------------------------------------------
+
+AVERAGING: dict[str, dict[str, Any]] = {
+    "mats": {"objective": "diagonal_fisher"},
+    "iso_c": {"scale": 1.0},
+    "tsv_m": {"scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", AVERAGING)
+def test_averaged_means_the_parameter_by_any_of_its_names(
+    tmp_path: Path, method: str, name: str
+) -> None:
+    tasks = languages(tmp_path)
+    options = {**AVERAGING[method], "averaged": [f"^{name}"]}
+    module = MergeModule(tasks, method, options, pretrained=Language().state_dict())
+    module.merge(progress=False)
+    for found in (
+        *(module.shared_state()[n] for n in NAMES),
+        module.model("1").get_parameter("words.weight"),
+    ):
+        torch.testing.assert_close(found, mean_words(tasks))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_averaged_and_kept_of_the_functions_too(name: str) -> None:
+    models = [Language(seed) for seed in (1, 2)]
+    thetas = [model.state_dict() for model in models]
+    statistics = [collect_statistics(model, rows(3), progress=False) for model in models]
+    averaged = merging.mats(thetas, statistics, objective="diagonal_fisher", averaged=name)
+    options: dict[str, Any] = {"objective": "diagonal_fisher", "kept": name}
+    kept = merging.refresh_step(thetas[0], statistics, thetas, **options)
+    for alias in NAMES:
+        mean = (thetas[0][alias] + thetas[1][alias]) / 2
+        torch.testing.assert_close(averaged.state_dict[alias], mean)
+        assert torch.equal(kept.state_dict[alias], thetas[0][alias])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dare", {"drop_rate": 0.5, "scale": 1.0, "seed": 0}),
+        ("ties", {"density": 0.2, "scale": 1.0}),
+        ("average", {}),
+    ],
+)
+def test_a_parameter_is_merged_once_under_its_first_name(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    """So it gets one value, and counts once in a density over the whole model."""
+    tasks, start = languages(tmp_path), Language().state_dict()
+    module = MergeModule(tasks, method, options, pretrained=start)
+    module.merge(progress=False)
+    once = [name for name in start if name != "output.weight"]
+    thetas = [{name: task.weights[name] for name in once} for task in tasks]
+    given = options if method == "average" else options | {"pretrained": start}
+    expected = getattr(merging, method)(thetas, **given)
+    expected["output.weight"] = expected["words.weight"]
+    found = module.shared_state()
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(module.model("2").state_dict()[name], tensor), name
+
+
+def test_a_parameter_that_one_task_alone_ties_is_an_error(tmp_path: Path) -> None:
+    tasks = languages(tmp_path)
+    untied = Language()
+    untied.output.weight = nn.Parameter(untied.words.weight.detach().clone())
+    tasks[1].module = untied
+    message = "tasks '1' and '2' tie their parameters in different ways: 'output.weight'"
+    with pytest.raises(ValueError, match=message):
+        MergeModule(tasks, "average").merge(progress=False)

@@ -238,6 +238,19 @@ def balance(
     return operators, [scale / total for scale in scales]
 
 
+def parameters_with(
+    patterns: str | Sequence[str],
+    names: Sequence[str],
+    option: str,
+    statistics: Sequence[Statistics],
+) -> set[str]:
+    """`names_with`, and all other names of the parameters that have one of them."""
+    found = names_with(patterns, names, option)
+    tied = {n: used for s in statistics for n, used in s.info.get("tied", {}).items()}
+    parameters = {tied.get(name, name) for name in found}
+    return {name for name in names if tied.get(name, name) in parameters}
+
+
 def uncovered_value(
     name: str,
     tensors: Sequence[Tensor],
@@ -263,10 +276,12 @@ def check_statistics(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """parameter -> the statistic that its C_i are made of; weight -> bias solved for with it.
 
-    It is the identity for names that have one of the regular expressions `averaged`. A parameter
-    that is in neither is uncovered. Raises ValueError for a wrong count of
-    statistics, what `covering_statistics` raises, an expression that no name has, a wrong choice of
-    `uncovered`, or, with "error", an uncovered parameter.
+    It is the identity for names that have one of the regular expressions `averaged`, and for the
+    other names of what is tied to them. A parameter that is in neither is uncovered.
+
+    Raises ValueError for a wrong count of statistics, what `covering_statistics` raises, an
+    expression that no name has, a wrong choice of `uncovered`, or, with "error", an uncovered
+    parameter.
     """
     if len(statistics) != len(thetas):
         raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
@@ -277,7 +292,8 @@ def check_statistics(
     if uncovered == "pretrained":
         check_models(thetas[:1], pretrained)
     covering = covering_statistics(list(thetas[0]), kinds, statistics)
-    covering |= dict.fromkeys(names_with(averaged, list(thetas[0]), "averaged"), "identity")
+    apart = parameters_with(averaged, list(thetas[0]), "averaged", statistics)
+    covering |= dict.fromkeys(apart, "identity")
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
     if uncovered == "error":
         known = covering.keys() | set(folded.values())

@@ -20,7 +20,12 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.blocks import balance, covering_statistics, task_curvatures
+from mats_lightning.merging.blocks import (
+    balance,
+    covering_statistics,
+    parameters_with,
+    task_curvatures,
+)
 from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
 from mats_lightning.merging.mats import Block, MergeResult, OnBlock, objective_kinds
 from mats_lightning.merging.models import (
@@ -30,7 +35,6 @@ from mats_lightning.merging.models import (
     check_weights,
     distance,
     merge_dtype,
-    names_with,
     of_batch_norm,
 )
 from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
@@ -82,7 +86,7 @@ def refresh_step(
             differ between the blocks, so many rounds with mix > 0 do not come to rest at the
             minimum of one sum of losses: leave it out for that. A task without any curvature in
             a block has no part in it.
-        kept: regular expressions; parameters whose names have one of them stay as they are.
+        kept: regular expressions; parameters that have one of them in a name stay as they are.
         iterations: of CG, one number.
         objective, preconditioner, preconditioner_damping, off_diagonal, floor, weights, on_block:
             as in `mats`. `tolerance` is relative to the right-hand side.
@@ -104,7 +108,7 @@ def refresh_step(
         known = ", ".join(map(repr, PRECONDITIONERS))
         raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
     kind_of = covering_statistics(names, objective_kinds(objective), statistics)
-    stay = names_with(kept, list(names), "kept")
+    stay = parameters_with(kept, names, "kept", statistics)
     for name in stay:
         kind_of.pop(name, None)
     if mix > 0:

@@ -19,6 +19,7 @@ from mats_lightning.merging.fisher import STATISTICS as OF_FISHER
 from mats_lightning.merging.models import (
     check_models,
     check_weights,
+    counted,
     names_with,
     of_batch_norm,
 )
@@ -177,8 +178,12 @@ class JointMerge:
         tied = self._tied_in(part, part.tasks[0])
         names = [n for n in part.names if n not in tied]
         thetas = [Part(self.tasks[member].weights, names, device) for member in part.tasks]
-        options, start = self._options_of(part.tasks, names), self._start_of(name, device)
-        states = self._merge(name, part, thetas, start, options, progress)
+        if any(self.weights[member] for member in part.tasks):
+            options, start = self._options_of(part.tasks, names), self._start_of(name, device)
+            states = self._merge(name, part, thetas, start, options, progress)
+        else:  # a head group of which the weights say nothing
+            average = merging.average(thetas)
+            states = {count: MergeResult(dict(average)) for count in self._counts}
         for state in states.values():
             state.state_dict |= {n: state.state_dict[first] for n, first in tied.items()}
         return states
@@ -229,9 +234,12 @@ class JointMerge:
             try:
                 result = METHODS[self.method](thetas, **options)
             except ValueError as error:
-                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
+                members = counted(part.tasks, options["weights"])
+                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
                 raise ValueError(f"{self.method} of the {name}: {error} ({order})") from error
-        states = self._states(result, list(thetas[0]), options.get("statistics", []))
+        statistics = options.get("statistics")
+        of_counted = counted(statistics, options["weights"]) if statistics else []
+        states = self._states(result, list(thetas[0]), of_counted)
         if self.scale is not None:
             assert start is not None
             for state in states.values():

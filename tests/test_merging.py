@@ -588,11 +588,43 @@ def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
         assert_states(found, merge(problem), 1e-3)
 
 
-@methods(["average", "task_arithmetic", "ties", "fisher", "regmean"])
-def test_weight_zero_shuts_out_a_model_that_has_diverged(problem: Problem, merge: Merge) -> None:
-    expected = merge(problem.of([0, 2]), weights=[1.0, 3.0])
-    problem.thetas[1] = {n: torch.full_like(t, math.nan) for n, t in problem.thetas[1].items()}
-    assert_states(merge(problem, weights=[1.0, 0.0, 3.0]), expected, 1e-12)
+@every_method
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9])
+def test_weight_zero_shuts_out_a_model_that_has_diverged(
+    problem: Problem, merge: Merge, value: float
+) -> None:
+    weights = [1.0, 0.0, 3.0]
+    expected = merge(problem, weights=weights)
+    problem.thetas[1] = {n: torch.full_like(t, value) for n, t in problem.thetas[1].items()}
+    problem.factors[1] = problem.factors[1].map(lambda t: t * math.nan)
+    found = merge(problem, weights=weights)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_weight_zero_leaves_a_task_out_of_the_radius_and_the_closed_form() -> None:
+    problem = make_problem()
+    problem.thetas[2] = {n: 1000 * t for n, t in problem.thetas[2].items()}
+    two = problem.of([0, 1])
+    cases: list[dict[str, Any]] = [
+        {"radius": 0.5, "init": problem.pretrained, "iterations": 20},
+        {"preconditioner": "exact", "iterations": 1},
+    ]
+    for options in cases:
+        found = mats(problem.thetas, problem.statistics, weights=[1.0, 1.0, 0.0], **options)
+        expected = mats(two.thetas, two.statistics, **options)
+        assert_states(found.state_dict, expected.state_dict, 1e-12)
+        assert {n: b.at_edge for n, b in found.blocks.items()} == {
+            n: b.at_edge for n, b in expected.blocks.items()
+        }
+
+
+def test_weight_zero_needs_no_statistics_that_cover_the_same(problem: Problem) -> None:
+    statistics = [*problem.statistics[:2], Statistics()]
+    found = mats(problem.thetas, statistics, weights=[1.0, 1.0, 0.0], iterations=3)
+    expected = mats(problem.thetas[:2], statistics[:2], iterations=3)
+    assert_states(found.state_dict, expected.state_dict, 1e-12)
+    with pytest.raises(ValueError, match="2 statistics for 3 models"):
+        mats(problem.thetas, statistics[:2], weights=[1.0, 1.0, 0.0])
 
 
 @methods(n for n in METHODS if n not in SCALED)

@@ -580,6 +580,25 @@ def test_a_head_group_merges_the_head_of_its_members(suite: Suite, method: str) 
         assert set(module.blocks) == {*SHARED, *(f"head group 'polarity's': {p}" for p in head)}
 
 
+@pytest.mark.parametrize("method", ["average", "mats", "task_arithmetic"])
+def test_a_head_group_of_tasks_without_weight_is_averaged(suite: Suite, method: str) -> None:
+    tasks = suite.tasks("log", *GROUP)
+    for task in tasks[1:]:
+        task.head_group = "polarity"
+    options: dict[str, Any] = {"weights": [1.0, 0.0, 0.0]}
+    if method == "mats":
+        options["iterations"] = [1, 2]
+    elif method == "task_arithmetic":
+        options["scale"] = 1.0
+    module = MergeModule(tasks, method, options, suite.start)
+    expected = merging.average(suite.thetas(GROUP, ("head.weight", "head.bias")))
+    for name in GROUP:
+        state = module.state_of(name)
+        assert_equal({p: state[p] for p in expected}, expected)
+    own = load_weights(suite.checkpoint("log"))
+    torch.testing.assert_close(module.shared_state(), {name: own[name] for name in SHARED})
+
+
 def test_a_start_of_the_shared_parameters_leaves_heads_at_their_average(suite: Suite) -> None:
     states = {}
     for init in ("average", "state dict"):

@@ -279,12 +279,9 @@ def check_statistics(
     It is the identity for names that have one of the regular expressions `averaged`, and for the
     other names of what is tied to them. A parameter that is in neither is uncovered.
 
-    Raises ValueError for a wrong count of statistics, what `covering_statistics` raises, an
-    expression that no name has, a wrong choice of `uncovered`, or, with "error", an uncovered
-    parameter.
+    Raises ValueError for what `covering_statistics` raises, an expression that no name has, a wrong
+    choice of `uncovered`, or, with "error", an uncovered parameter.
     """
-    if len(statistics) != len(thetas):
-        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered={uncovered!r}; choose from {', '.join(UNCOVERED)}")
     if uncovered == "pretrained" and pretrained is None:

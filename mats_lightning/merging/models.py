@@ -4,10 +4,12 @@ import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Weights = Mapping[str, Tensor]  # a state dict, possibly read lazily
 
 
@@ -66,6 +68,20 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     if any(not 0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
         raise ValueError(f"weights={list(weights)}: they must be finite, not negative, not all 0")
     return [float(w) for w in weights]
+
+
+def check_counts(statistics: Sequence[T], thetas: Sequence[Weights]) -> None:
+    """Raises ValueError for another count of statistics than of models."""
+    if len(statistics) != len(thetas):
+        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
+
+
+def counted(items: Sequence[T], weights: Sequence[float]) -> list[T]:
+    """The models, or what belongs to each, whose weight is above 0.
+
+    No other has a part in a merge, whatever it holds. Errors number those that are left.
+    """
+    return [item for item, weight in zip(items, weights, strict=True) if weight > 0]
 
 
 def names_with(patterns: str | Sequence[str], names: Sequence[str], option: str) -> set[str]:
@@ -146,8 +162,8 @@ def parameters(
 def of_batch_norm(name: str, names: Container[str]) -> bool:
     """Whether this is a mean or variance that batch normalisation keeps."""
     prefix, dot, last = name.rpartition(".")
-    counted = f"{prefix}{dot}num_batches_tracked" in names
-    return counted and last in ("running_mean", "running_var")
+    counts = f"{prefix}{dot}num_batches_tracked" in names
+    return counts and last in ("running_mean", "running_var")
 
 
 def _running_statistics(

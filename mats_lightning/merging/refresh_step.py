@@ -30,9 +30,11 @@ from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
 from mats_lightning.merging.mats import Block, MergeResult, OnBlock, objective_kinds
 from mats_lightning.merging.models import (
     Weights,
+    check_counts,
     check_models,
     check_range,
     check_weights,
+    counted,
     distance,
     merge_dtype,
     of_batch_norm,
@@ -96,7 +98,8 @@ def refresh_step(
     """
     check_range("mix", mix, highest=1)
     names, w = check_models([merged]), check_weights(weights, len(statistics))
-    thetas = _checked_thetas(merged, statistics, thetas, mix)
+    thetas = _checked_thetas(merged, statistics, thetas, w, mix)
+    statistics, w = counted(statistics, w), counted(w, w)
     lengths = {"damping": damping, "floor": floor, "radius": radius or 0.0}
     for option, value in {"step": step, **lengths}.items():
         check_range(option, value)
@@ -166,15 +169,19 @@ def refresh_step(
 
 
 def _checked_thetas(
-    merged: Weights, statistics: Sequence[Statistics], thetas: Sequence[Weights] | None, mix: float
+    merged: Weights,
+    statistics: Sequence[Statistics],
+    thetas: Sequence[Weights] | None,
+    weights: Sequence[float],
+    mix: float,
 ) -> Sequence[Weights]:
-    """The tasks' weights; none where they are not needed."""
+    """The weights of the tasks that count; none where they are not needed."""
     if mix == 1:
         return ()
     if thetas is None:
         raise ValueError(f"mix={mix} needs the tasks' own weights: pass thetas=..., or mix=1")
-    if len(thetas) != len(statistics):
-        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
+    check_counts(statistics, thetas)
+    thetas = counted(thetas, weights)
     check_models(thetas, merged, label="the merged weights")
     if extra := [name for name in merged if name not in thetas[0]]:
         raise ValueError(

@@ -9,6 +9,7 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
+    counted,
     merge_dtype,
     parameters,
 )
@@ -31,7 +32,9 @@ def ties(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: the share that is kept lies in (0, 1]")
-    names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    thetas, w = counted(thetas, w), counted(w, w)
+    names = check_models(thetas, pretrained)
     thresholds = _thresholds(names, thetas, pretrained, density)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -231,12 +232,16 @@ class JointMerge:
         with ExitStack() as stack:
             if self._takes("on_block") and progress:
                 options["on_block"] = stack.enter_context(_progress(f"{self.method}, {name}"))
+            members = counted(part.tasks, options["weights"])
+            order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
             try:
-                result = METHODS[self.method](thetas, **options)
+                with warnings.catch_warnings(record=True) as caught:
+                    result = METHODS[self.method](thetas, **options)
             except ValueError as error:
-                members = counted(part.tasks, options["weights"])
-                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
                 raise ValueError(f"{self.method} of the {name}: {error} ({order})") from error
+        for warning in caught:
+            text = f"{self.method} of the {name}: {warning.message} ({order})"
+            warnings.warn(text, warning.category, stacklevel=2)
         statistics = options.get("statistics")
         of_counted = counted(statistics, options["weights"]) if statistics else []
         states = self._states(result, list(thetas[0]), of_counted)

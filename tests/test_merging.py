@@ -1216,13 +1216,54 @@ def test_factors_of_what_is_no_matrix(problem: Problem) -> None:
         run_method("regmean", problem)
 
 
+@pytest.mark.parametrize("uncovered", ["average", "pretrained"])
 @pytest.mark.parametrize("method", STATISTIC_METHODS)
-def test_a_statistic_that_one_task_lacks(problem: Problem, method: str) -> None:
+def test_a_parameter_that_one_task_lacks_a_statistic_of_is_uncovered(
+    problem: Problem, method: str, uncovered: str
+) -> None:
+    group, key = FACTOR_OF[method]
+    whole = statistic_methods(uncovered, problem.pretrained)[method](problem)
+    del getattr(problem.factors[1], group)[key]
+    how = "it is averaged" if uncovered == "average" else "the pretrained value is taken"
+    message = rf"^'first.weight' has the statistic \w+ in model 0 but not in model 1: {how}"
+    with pytest.warns(UserWarning, match=message):
+        found = statistic_methods(uncovered, problem.pretrained)[method](problem)
+    given = problem.pretrained if uncovered == "pretrained" else average(problem.thetas)
+    expected = whole | {"first.weight": given["first.weight"]}
+    assert_states(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_it_can_be_an_error(problem: Problem, method: str) -> None:
     group, key = FACTOR_OF[method]
     del getattr(problem.factors[1], group)[key]
+    for theta in (*problem.thetas, problem.pretrained):
+        del theta["free"]
     message = r"'first.weight' has the statistic \w+ in model 0 but not in model 1: take the same"
     with pytest.raises(ValueError, match=message):
-        run_method(method, problem)
+        statistic_methods("error", None)[method](problem)
+
+
+def test_so_it_is_where_no_parameter_is_covered_in_all_models(problem: Problem) -> None:
+    problem.factors[1] = replace(problem.factors[1], f={})
+    message = "'first.weight' has the .* in model 0 but not in model 1; .*: take the same"
+    with pytest.raises(ValueError, match=message):
+        fisher(problem.thetas, problem.statistics)
+
+
+def test_averaged_names_need_no_statistics(
+    problem: Problem, recwarn: pytest.WarningsRecorder
+) -> None:
+    expected = mats(problem.thetas, problem.statistics, averaged="first.weight", iterations=3)
+    del problem.factors[1].a["first"]
+    found = mats(problem.thetas, problem.statistics, averaged="first.weight", iterations=3)
+    assert_states(found.state_dict, expected.state_dict, 1e-12)
+    assert found.uncovered == ["free"]
+    for factors in problem.factors:
+        factors.a, factors.c = {}, {}
+    with pytest.raises(ValueError, match=r"no parameter .* has the statistic kfac or block"):
+        mats(problem.thetas, problem.statistics)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("method", STATISTIC_METHODS)

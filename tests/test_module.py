@@ -856,6 +856,20 @@ def test_errors_of_the_merge_say_which_model_is_which_task(suite: Suite) -> None
 # -- bad input: arguments ----------------------------------------------------------------------
 
 
+def test_warnings_of_the_merge_say_which_model_is_which_task(suite: Suite) -> None:
+    tasks = suite.tasks("log", "dict", "metric")
+    found = load_statistics(suite.checkpoint("dict"))
+    rest = {key: found.tensors[key] for key in found.tensors if key != "G/body.0"}
+    tasks[1].statistics = replace(found, tensors=rest)
+    module = MergeModule(tasks, "mats", {"weights": [0.0, 1.0, 1.0]})
+    message = (
+        r"^mats of the shared parameters: 'body\.0\.weight' has the statistic kfac in model 1 but"
+        r" not in model 0: it is averaged.* \(model 0 is 'dict', model 1 is 'metric'\)"
+    )
+    with pytest.warns(UserWarning, match=message):
+        module.merge(progress=False)
+
+
 def test_another_head_size_without_head(suite: Suite) -> None:
     message = (
         r"average of the shared parameters: 'head\.weight' has shape \(2, 8\) in model 0 and"

@@ -1,5 +1,6 @@
 """From statistics to operators: each task's C_i for one parameter."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,31 +33,66 @@ UNCOVERED = ("average", "pretrained", "error")
 def covering_statistics(
     names: Sequence[str], kinds: Sequence[str], statistics: Sequence[Statistics]
 ) -> dict[str, str]:
-    """parameter -> the first of `kinds` that covers it in all models, where there is one.
-
-    Raises ValueError for a parameter that is covered in some models only, and when no parameter
-    is covered at all.
-    """
-    # iterating a view reads no tensor
-    known = {k: [set(getattr(s, k)) for s in statistics] for k in kinds if k != "identity"}
+    """parameter -> the first of `kinds` that covers it in all models, where there is one."""
+    known = _known(kinds, statistics)
     covering: dict[str, str] = {}
     for name in names:
         for kind in kinds:
-            if kind == "identity":
+            if kind == "identity" or all(_models_with(name, kind, statistics, known)):
                 covering[name] = kind
                 break
-            covered = [
-                statistic_name(name, kind, s) in keys
-                for s, keys in zip(statistics, known[kind], strict=True)
-            ]
-            if all(covered):
-                covering[name] = kind
-                break
-            if any(covered):
-                raise ValueError(
-                    f"'{name}' has the statistic {kind} in model {covered.index(True)} but not in"
-                    f" model {covered.index(False)}: take the same statistics of every model"
+    return covering
+
+
+def _known(kinds: Sequence[str], statistics: Sequence[Statistics]) -> dict[str, list[set[str]]]:
+    """kind -> the names that each model has it of; iterating a view reads no tensor."""
+    return {k: [set(getattr(s, k)) for s in statistics] for k in kinds if k != "identity"}
+
+
+def _models_with(
+    name: str, kind: str, statistics: Sequence[Statistics], known: Mapping[str, list[set[str]]]
+) -> list[bool]:
+    """For each model, whether it has the statistic of a parameter."""
+    return [
+        statistic_name(name, kind, s) in keys
+        for s, keys in zip(statistics, known[kind], strict=True)
+    ]
+
+
+def check_covering(
+    covering: Mapping[str, str],
+    names: Sequence[str],
+    kinds: Sequence[str],
+    statistics: Sequence[Statistics],
+    uncovered: str,
+) -> None:
+    """Warns of parameters that some models alone cover: `uncovered` is what becomes of them.
+
+    A model does so for what it does not use (a pooler, an expert). Raises ValueError for them with
+    "error", and when no parameter is covered.
+    """
+    known = _known(kinds, statistics)
+    partly = []
+    for name in names:
+        if name not in covering:
+            models = {kind: _models_with(name, kind, statistics, known) for kind in known}
+            if kind := next((kind for kind, there in models.items() if any(there)), ""):
+                lacking = [str(i) for i, there in enumerate(models[kind]) if not there]
+                with_it = models[kind].index(True)
+                partly.append(
+                    f"'{name}' has the statistic {kind} in model {with_it} but not in"
+                    f" model {' and '.join(lacking)}"
                 )
+    if partly and (uncovered == "error" or not covering):
+        raise ValueError(f"{_first_of(partly)}: take the same statistics of every model")
+    if partly:
+        how = {"pretrained": "the pretrained value is taken", "kept": "it stays as it is"}
+        warnings.warn(
+            f"{_first_of(partly)}: {how.get(uncovered, 'it is averaged')}. Where that model does"
+            " not use it, this may be as good as can be; else take the same statistics of every"
+            " model",
+            stacklevel=4,
+        )
     if not covering:
         if there := _other_statistics(names[0], statistics):
             raise ValueError(
@@ -70,7 +106,11 @@ def covering_statistics(
             " statistics hold "
             + (f"that of '{found[0]}' ...; is a prefix missing?" if found else "none of this kind")
         )
-    return covering
+
+
+def _first_of(sentences: Sequence[str]) -> str:
+    more = f" (and {len(sentences) - 4} more such parameters)" if len(sentences) > 4 else ""
+    return "; ".join(sentences[:4]) + more
 
 
 def _other_statistics(name: str, statistics: Sequence[Statistics]) -> list[str]:
@@ -279,8 +319,8 @@ def check_statistics(
     It is the identity for names that have one of the regular expressions `averaged`, and for the
     other names of what is tied to them. A parameter that is in neither is uncovered.
 
-    Raises ValueError for what `covering_statistics` raises, an expression that no name has, a wrong
-    choice of `uncovered`, or, with "error", an uncovered parameter.
+    Warns and raises as `check_covering` does. Raises ValueError for an expression that no name has,
+    a wrong choice of `uncovered`, or, with "error", an uncovered parameter.
     """
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered={uncovered!r}; choose from {', '.join(UNCOVERED)}")
@@ -292,6 +332,8 @@ def check_statistics(
     apart = parameters_with(averaged, list(thetas[0]), "averaged", statistics)
     covering |= dict.fromkeys(apart, "identity")
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
+    alone = [name for name in thetas[0] if name not in folded.values()]
+    check_covering(covering, alone, kinds, statistics, uncovered)
     if uncovered == "error":
         known = covering.keys() | set(folded.values())
         for name in thetas[0]:

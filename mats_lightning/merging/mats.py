@@ -161,7 +161,7 @@ def mats(
             averaged. K-FAC of a layer can be far from its true curvature: of the patches of an
             image, for example, where all positions and gradients depend on each other.
         weights: a number a task; one of weight 0 has no part in anything.
-        uncovered: parameters without a statistic: "average", "pretrained" or "error".
+        uncovered: parameters without a statistic of all models: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
 
     Raises ValueError for models or statistics that do not fit together, unknown names, an

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mats_lightning.merging.blocks import (
     balance,
+    check_covering,
     covering_statistics,
     parameters_with,
     task_curvatures,
@@ -71,8 +72,8 @@ def refresh_step(
     """theta_m + step delta, a parameter at a time; see the module for the equation.
 
     Arguments:
-        merged: theta_m. Parameters without a statistic stay as they are there, and are named in
-            the result's `uncovered`, unless they are `kept`. Buffers stay, too.
+        merged: theta_m. Parameters without a statistic of all tasks stay as they are there, and are
+            named in the result's `uncovered`, unless they are `kept`. Buffers stay, too.
         statistics: one a task, taken at `merged` (check_belongs of mats_lightning.sidecar says
             whether they are). With mix > 0 they need "gradient", and should be of the sampled
             Fisher: the empirical one vanishes with the gradient, and is no Hessian.
@@ -110,8 +111,11 @@ def refresh_step(
     if preconditioner not in (*PRECONDITIONERS, None):
         known = ", ".join(map(repr, PRECONDITIONERS))
         raise ValueError(f"preconditioner={preconditioner!r}; choose {known} or None")
-    kind_of = covering_statistics(names, objective_kinds(objective), statistics)
+    kinds = objective_kinds(objective)
     stay = parameters_with(kept, names, "kept", statistics)
+    kind_of = covering_statistics(names, kinds, statistics)
+    moving = [name for name in names if name not in stay] or names
+    check_covering(kind_of, moving, kinds, statistics, "kept")
     for name in stay:
         kind_of.pop(name, None)
     if mix > 0:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -295,7 +296,9 @@ class JointMerge:
                 f" ('{names[0]}' ...), but {found}: take them of the module that was fine-tuned,"
                 " with MaTSStatsCallback or collect_statistics(...)"
             )
-        return statistics
+        # they belong to the task's weights, as it has checked
+        info = {what: value for what, value in statistics.info.items() if what != "digest"}
+        return replace(statistics, info=info)
 
     def _start_of(self, part: str, device: torch.device) -> Weights | None:
         if part == SHARED:

@@ -17,7 +17,8 @@ from mats_lightning.measuring import save_state
 from mats_lightning.merging.mats import objective_kinds
 from mats_lightning.merging.models import check_range
 from mats_lightning.sampled import FISHERS, Fisher
-from mats_lightning.sidecar import SUFFIX, digest, write_atomically
+from mats_lightning.sidecar import SUFFIX, write_atomically
+from mats_lightning.statistics.digest import digest
 
 Weights = Mapping[str, Tensor]
 LABELS = ("data", "teacher")

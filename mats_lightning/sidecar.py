@@ -27,7 +27,6 @@ have what the README defines.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from torch import Tensor
 
 from mats_lightning.batches import LossReduction, MaskFn
 from mats_lightning.statistics import Coverage, Statistics
+from mats_lightning.statistics.digest import digest, digest_of
 from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
 
 SUFFIX = ".mats.safetensors"
@@ -54,18 +54,6 @@ def sidecar_path(checkpoint: str | os.PathLike[str]) -> Path:
     """'val_loss=0.31.ckpt' -> 'val_loss=0.31.ckpt.mats.safetensors'."""
     path = Path(checkpoint)
     return path.with_name(path.name + SUFFIX)
-
-
-def digest(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """name -> SHA-256 of the tensor's dtype, shape and bytes."""
-    return {name: _digest(tensor) for name, tensor in weights.items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    tensor = tensor.detach().cpu().contiguous()
-    sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def describe(
@@ -237,8 +225,16 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
     """Statistics and weights are of one model: names, shapes and digests agree.
 
     `what` names the model in the error. Raises ValueError for another architecture (a parameter
-    is missing or has another shape) and for other weights.
+    is missing or has another shape), for other weights, and for statistics that hold no digest of
+    any of their parameters.
     """
+    if statistics.info.get("digest") == {}:
+        raise ValueError(
+            f"{what}: its statistics hold no digest of weights, so they cannot be told to be of"
+            " these: the checkpoint that they were saved with has other names than the module that"
+            " was trained (does on_save_checkpoint rename them?); take them anew, with"
+            " collect_statistics(...), of a module that has these weights"
+        )
     shapes = {row["name"]: tuple(row["shape"]) for row in statistics.info.get("coverage", [])}
     for name, expected in statistics.info.get("digest", {}).items():
         if name not in weights:
@@ -252,10 +248,10 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
                 f"{what}: its statistics are of another architecture: '{name}' has shape"
                 f" {shapes[name]} there and {tuple(tensor.shape)} in the checkpoint"
             )
-        if _digest(tensor) != expected:
+        if digest_of(tensor) != expected:
             raise ValueError(
                 f"{what}: its statistics belong to other weights: the digest of '{name}' is"
-                f" {expected[:12]}..., the checkpoint's is {_digest(tensor)[:12]}...; use the"
+                f" {expected[:12]}..., the checkpoint's is {digest_of(tensor)[:12]}...; use the"
                 " sidecar that was saved with this checkpoint, or collect_statistics(...)"
             )
 

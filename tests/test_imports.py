@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
         "tied",
     },
-    "rounds": {"checkpoints", "heads", "measuring", "merging", "sampled", "sidecar"},
+    "rounds": {"checkpoints", "heads", "measuring", "merging", "sampled", "sidecar", "statistics"},
     "task_rounds": {
         "batches",
         "distillation",

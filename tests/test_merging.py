@@ -30,6 +30,7 @@ from mats_lightning.merging import (
 )
 from mats_lightning.merging.preconditioner import block_preconditioner
 from mats_lightning.operators import Damped, KroneckerFactored
+from mats_lightning.statistics.digest import digest
 
 State = dict[str, Tensor]
 Merge = Callable[..., State]
@@ -1264,6 +1265,49 @@ def test_averaged_names_need_no_statistics(
     with pytest.raises(ValueError, match=r"no parameter .* has the statistic kfac or block"):
         mats(problem.thetas, problem.statistics)
     assert not recwarn
+
+
+def of_their_weights(problem: Problem) -> list[Statistics]:
+    pairs = zip(problem.factors, problem.thetas, strict=True)
+    return [factors.statistics({"digest": digest(theta)}) for factors, theta in pairs]
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_statistics_of_other_weights(problem: Problem, method: str) -> None:
+    statistics = of_their_weights(problem)
+    run_method(method, problem, statistics)
+    statistics[1], statistics[2] = statistics[2], statistics[1]
+    message = (
+        r"statistics of model 1 belong to other weights: the digest of '.*' is \w{12}\.\.\. the"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_method(method, problem, statistics)
+
+
+def test_digests_are_those_of_what_is_used(problem: Problem) -> None:
+    """So of no parameter that is averaged; and a wider dtype holds the same weights."""
+    statistics = of_their_weights(problem)
+    problem.thetas[0]["free"] += 1
+    problem.thetas[0]["first.weight"] += 1
+    with pytest.raises(
+        ValueError, match=r"model 0 .* other weights: the digest of 'first\.weight'"
+    ):
+        mats(problem.thetas, statistics)
+    mats(problem.thetas, statistics, averaged="first.weight")
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = replace(problem, thetas=[cast(theta, dtype) for theta in problem.thetas])
+        found = of_their_weights(narrow)
+        mats([cast(theta, torch.float64) for theta in narrow.thetas], found)
+
+
+def test_kfac_of_two_kinds(problem: Problem) -> None:
+    ways = ("expand", "expand", "reduce")
+    pairs = zip(problem.factors, ways, strict=True)
+    statistics = [factors.statistics({"weight_sharing": way}) for factors, way in pairs]
+    with pytest.raises(ValueError, match="is expand in model 0 and reduce in model 2; take the"):
+        mats(problem.thetas, statistics)
+    for objective in ("gram", "diagonal_fisher"):
+        mats(problem.thetas, statistics, objective=objective)
 
 
 @pytest.mark.parametrize("method", STATISTIC_METHODS)

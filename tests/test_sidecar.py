@@ -360,6 +360,13 @@ def test_other_weights(saved: Path) -> None:
     assert "'head.bias'" in str(e.value) and "use the sidecar that was saved with" in str(e.value)
 
 
+def test_a_sidecar_without_digests_belongs_to_none(saved: Path) -> None:
+    found = load_statistics(saved)
+    found.info["digest"] = {}
+    with pytest.raises(ValueError, match=r"trec: its statistics hold no digest .*rename them\?"):
+        check_belongs(found, transformer().state_dict(), "trec")
+
+
 def test_another_architecture_that_lacks_a_parameter(saved: Path) -> None:
     message = r"trec: .* of another architecture: they cover 'words.weight' \(11, 6\), which"
     with pytest.raises(ValueError, match=message):

@@ -25,6 +25,8 @@ from mats_lightning.operators import (
     scale_off_diagonal,
 )
 from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.adapters import BASE
+from mats_lightning.statistics.digest import digest_of, has_digest
 from mats_lightning.statistics.record import finite
 
 UNCOVERED = ("average", "pretrained", "error")
@@ -291,6 +293,33 @@ def parameters_with(
     return {name for name in names if tied.get(name, name) in parameters}
 
 
+def _check_alike(
+    covering: Mapping[str, str], thetas: Sequence[Weights], statistics: Sequence[Statistics]
+) -> None:
+    """Raises ValueError for statistics of other weights than these, or K-FAC of two kinds."""
+    ways: dict[str, int] = {}  # way -> the first model that has it
+    for i, task in enumerate(statistics):
+        if "weight_sharing" in task.info:
+            ways.setdefault(task.info["weight_sharing"], i)
+    if len(ways) > 1 and "kfac" in covering.values():
+        (way, i), (other, j) = list(ways.items())[:2]
+        raise ValueError(
+            f"the K-FAC factors are of two kinds: weight_sharing is {way} in model {i} and {other}"
+            f" in model {j}; take the statistics of all models in the same way"
+        )
+    for i, (theta, task) in enumerate(zip(thetas, statistics, strict=True)):
+        for name, expected in task.info.get("digest", {}).items():
+            if covering.get(name, "identity") == "identity" or name.endswith(f".{BASE}"):
+                continue  # not used; or, below LoRA, not what is merged, which is its product
+            if not has_digest(theta[name], expected):
+                raise ValueError(
+                    f"the statistics of model {i} belong to other weights: the digest of '{name}'"
+                    f" is {expected[:12]}... there and {digest_of(theta[name])[:12]}... in the"
+                    " model; give the statistics in the order of the models, and the weights as"
+                    " they were saved"
+                )
+
+
 def uncovered_value(
     name: str,
     tensors: Sequence[Tensor],
@@ -319,8 +348,9 @@ def check_statistics(
     It is the identity for names that have one of the regular expressions `averaged`, and for the
     other names of what is tied to them. A parameter that is in neither is uncovered.
 
-    Warns and raises as `check_covering` does. Raises ValueError for an expression that no name has,
-    a wrong choice of `uncovered`, or, with "error", an uncovered parameter.
+    Warns and raises as `check_covering` does. Raises ValueError for statistics of other weights, an
+    expression that no name has, a wrong choice of `uncovered`, or, with "error", an uncovered
+    parameter.
     """
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered={uncovered!r}; choose from {', '.join(UNCOVERED)}")
@@ -332,6 +362,7 @@ def check_statistics(
     apart = parameters_with(averaged, list(thetas[0]), "averaged", statistics)
     covering |= dict.fromkeys(apart, "identity")
     folded = _folded_biases(covering, thetas, statistics) if fold_bias else {}
+    _check_alike(covering, thetas, statistics)
     alone = [name for name in thetas[0] if name not in folded.values()]
     check_covering(covering, alone, kinds, statistics, uncovered)
     if uncovered == "error":

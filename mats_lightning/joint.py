@@ -291,10 +291,13 @@ class JointMerge:
         known |= {f"{module}.weight" for module in statistics.gram}
         if not known & set(names):
             found = f"'{min(known)}' ..." if known else "nothing"
+            how = "with MaTSStatsCallback or collect_statistics(...)"
+            if self.lora_rank is not None:
+                how += " and adapted_weights=True, since lora_rank merges what LoRA adds to them"
             raise ValueError(
                 f"task '{member}': its statistics cover none of the parameters to merge"
                 f" ('{names[0]}' ...), but {found}: take them of the module that was fine-tuned,"
-                " with MaTSStatsCallback or collect_statistics(...)"
+                f" {how}"
             )
         # they belong to the task's weights, as it has checked
         info = {what: value for what, value in statistics.info.items() if what != "digest"}

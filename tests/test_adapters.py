@@ -105,6 +105,18 @@ def test_the_length_of_merged_products(tmp_path: Path) -> None:
     torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=1e-3, atol=1e-6)
 
 
+def test_statistics_of_the_factors_alone_are_none_of_products(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    for seed, task in enumerate(pair, start=1):
+        batches = [batch("bert")]
+        task.statistics = collect_statistics(
+            Classifier(seed), batches, loss_fn=loss, progress=False
+        )
+    module = MergeModule(pair, "mats", {"lora_rank": 2})
+    with pytest.raises(ValueError, match=r"cover none .* and adapted_weights=True, since lora"):
+        module.merge(progress=False)
+
+
 def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:
     """Other merges of the same tasks find their modules as they need them."""
     pair = tasks(tmp_path)

@@ -77,7 +77,9 @@ class Task:
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
         if adapter := is_adapter(self.checkpoint):
             self._check_adapter()
-            expected = {n: s for n, s in expected.items() if ADAPTER_NAME in n.split(".")}
+            # peft saves some of what lies below as well: trained biases, adapted embeddings
+            own = {n for n in expected if ADAPTER_NAME in n.split(".") or n in weights}
+            expected = {n: s for n, s in expected.items() if n in own}
         tied = {n: first for n, first in tied_names(self.module).items() if n in expected}
         with self._named_in_errors():
             weights = with_tied(weights, tied, str(self.checkpoint))

@@ -1014,6 +1014,15 @@ class Lazy(Mapping[str, Tensor]):
 
 
 @every_method
+def test_float8_is_an_error(problem: Problem, merge: Merge) -> None:
+    problem.thetas[1]["second.weight"] = problem.thetas[1]["second.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ValueError, match=r"'second\.weight' is torch\.float8_e4m3fn in model 1: .*con"
+    ):
+        merge(problem)
+
+
+@every_method
 def test_weights_may_be_lazy_and_may_require_gradients(problem: Problem, merge: Merge) -> None:
     expected = merge(problem)
     lazy: Any = replace(

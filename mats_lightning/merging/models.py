@@ -19,15 +19,15 @@ def check_models(
     """The names that all models have, in the order of the first.
 
     Raises ValueError, naming the model and the parameter, for models that do not have the same
-    names and shapes, or no common parameter at all. What only `start` has (its own head) takes
-    no part.
+    names and shapes, or no common parameter at all, or float8 weights. What only `start` has (its
+    own head) takes no part.
     """
     if not thetas:
         raise ValueError("there is no model to merge")
     names = list(thetas[0])
     if not names:
         raise ValueError("model 0 has no parameter: there is nothing to merge")
-    shapes = {name: tuple(thetas[0][name].shape) for name in names}
+    shapes = {name: _shape(name, thetas[0][name], "model 0") for name in names}
     for i, theta in enumerate(thetas[1:], start=1):
         extra = sorted(set(theta) - set(names))
         _check_model(shapes, f"model {i}", theta, extra)
@@ -52,11 +52,21 @@ def _check_model(
             " leave the parameters that belong to a task out (heads)"
         )
     for name, shape in shapes.items():
-        if tuple(theta[name].shape) != shape:
+        if (other := _shape(name, theta[name], label)) != shape:
             raise ValueError(
-                f"'{name}' has shape {shape} in model 0 and {tuple(theta[name].shape)} in {label};"
+                f"'{name}' has shape {shape} in model 0 and {other} in {label};"
                 " a head of another size belongs to its task: leave it out"
             )
+
+
+def _shape(name: str, tensor: Tensor, label: str) -> tuple[int, ...]:
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        raise ValueError(
+            f"'{name}' is {tensor.dtype} in {label}: weights this narrow are quantized, and cannot"
+            " be computed with; merge the weights before they were quantized, or convert these to"
+            " torch.bfloat16, times their scales"
+        )
+    return tuple(tensor.shape)
 
 
 def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:

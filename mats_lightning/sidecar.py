@@ -47,6 +47,7 @@ from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, fini
 
 SUFFIX = ".mats.safetensors"
 FORMAT, FORMAT_VERSION = "mats_lightning", 1
+FACTOR_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 PACKED = (INPUT, OUTPUT, BLOCK, REDUCED)
 
 
@@ -98,11 +99,12 @@ def save_statistics(
     `factor_dtype` stores the packed triangles in another dtype: bfloat16 halves them, and rounds
     their numbers to a relative 2^-9, so that small eigenvalues are lost: merge with a damping.
 
-    Raises ValueError when a sum is not finite (such statistics would ruin a merge), or for a
-    dtype that is not floating point.
+    Raises ValueError when a sum is not finite (such statistics would ruin a merge), or for another
+    `factor_dtype` than float32, float64 and bfloat16: sums are too large for narrower exponents.
     """
-    if factor_dtype is not None and not factor_dtype.is_floating_point:
-        raise ValueError(f"factor_dtype={factor_dtype}: it must be a floating point type")
+    if factor_dtype not in FACTOR_DTYPES:
+        known = ", ".join(map(str, FACTOR_DTYPES))
+        raise ValueError(f"factor_dtype={factor_dtype}; choose from {known}")
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     for key in statistics.tensors:
@@ -111,6 +113,8 @@ def save_statistics(
             raise ValueError(f"{path}: '{key}' has NaN or inf: a loss or gradient was not finite")
         if key.split("/")[0] in PACKED:
             tensors[key] = _pack(tensor).to(factor_dtype or tensor.dtype)
+            if not finite(tensors[key]):
+                raise ValueError(f"{path}: '{key}' is too large for {factor_dtype}; leave it out")
         else:
             tensors[key] = tensor.contiguous()
     described = {

@@ -11,6 +11,7 @@ from mats_lightning.merging.models import (
     check_weights,
     counted,
     merge_dtype,
+    of_batch_norm,
     parameters,
 )
 
@@ -25,7 +26,8 @@ def ties(
 ) -> dict[str, Tensor]:
     """theta_0 + scale tau, tau made of the task vectors tau_i = theta_i - theta_0 in three steps.
 
-    Trim: of each tau_i the share `density` of largest magnitude is kept, over the whole model.
+    Trim: of each tau_i the share `density` of largest magnitude is kept, over the whole model
+    (what batch normalisation keeps is no part of it, and merged by its counts).
     Elect: the sign of sum w_i tau_i. Merge: the mean of the tau_i that have this sign, weighted.
 
     Raises ValueError for models that do not fit together, bad weights or density outside (0, 1].
@@ -62,8 +64,10 @@ def _thresholds(
     dtypes = {
         name: merge_dtype([theta[name] for theta in thetas])
         for name in names
-        if thetas[0][name].is_floating_point()
+        if thetas[0][name].is_floating_point() and not of_batch_norm(name, names)
     }
+    if not dtypes:
+        return [0.0] * len(thetas)
     thresholds = []
     for theta in thetas:
         magnitudes = torch.cat(

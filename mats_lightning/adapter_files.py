@@ -13,6 +13,7 @@ from mats_lightning.names import plain_name
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAME = "default"  # under which peft loads an adapter that is given no other name
+DORA = "lora_magnitude_vector"  # a module, of which peft's file has the one parameter alone
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")  # of a whole model
 # attribute of peft's configuration inside of a module: what it was before a merge changed it
 AS_BUILT = "as_built"
@@ -47,6 +48,12 @@ def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "IA3"):
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ValueError(f"{path} is of an adapter of kind {kind}: LORA and IA3 are read")
+    if config.get("bias") == "all" and config.get("modules_to_save"):
+        raise ValueError(
+            f"{path} has bias='all' beside modules_to_save={config['modules_to_save']}, whose"
+            " biases peft's file holds under several names: fold the adapter into its model"
+            " (merge_and_unload) and merge the models, or train with bias='lora_only' or 'none'"
+        )
     return config
 
 
@@ -57,6 +64,8 @@ def names_in_model(config: Mapping[str, Any]) -> Callable[[str], str]:
     def name(key: str) -> str:
         parts = plain_name(key).split(".")
         for i, part in enumerate(parts, start=1):
+            if part == DORA:
+                return ".".join([*parts[:i], ADAPTER_NAME, "weight"])
             if part.startswith(("lora_", "ia3_")):
                 return ".".join([*parts[:i], ADAPTER_NAME, *parts[i:]])
             if any(".".join(parts[:i]).endswith(target) for target in saved):
@@ -75,6 +84,8 @@ def adapter_key(name: str) -> str:
     for i in [i for i, part in enumerate(parts) if part == ADAPTER_NAME and i]:
         if parts[i - 1] == "modules_to_save":
             return ".".join([*parts[: i - 1], *parts[i + 1 :]])
+        if parts[i - 1] == DORA:
+            return ".".join(parts[:i])
         if parts[i - 1].startswith(("lora_", "ia3_")):
             return ".".join([*parts[:i], *parts[i + 1 :]])
     return name

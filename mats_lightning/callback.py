@@ -33,8 +33,9 @@ from mats_lightning.sampled import (
     fisher_info,
 )
 from mats_lightning.saving import follow_checkpoints
-from mats_lightning.sidecar import describe, digest, name_of
+from mats_lightning.sidecar import describe, name_of
 from mats_lightning.statistics import KINDS, Statistics, check_kinds, find_coverage
+from mats_lightning.statistics.digest import digest
 from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.training import (
     averaging_callback,

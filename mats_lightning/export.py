@@ -192,11 +192,16 @@ def _program_of_model(
     model: "PreTrainedModel", tokenizer: bool, heads: Mapping[str, Mapping[str, Tensor]]
 ) -> str:
     """A program that loads what was exported, run in its folder."""
-    # AutoModel loads the model without a head; one with a head is loaded by its own class
-    loader = "AutoModel" if model.base_model is model else type(model).__name__
-    if (module := type(model).__module__).startswith("transformers."):
+    import transformers  # seconds to import: only an export needs it
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    # AutoModel loads one class a configuration, without a head; others are loaded by their own
+    of_config: Any = MODEL_MAPPING.get(type(model.config), None)
+    loader = "AutoModel" if type(model) is of_config else type(model).__name__
+    module = type(model).__module__
+    if module.startswith("transformers.") and hasattr(transformers, loader):
         imports = [f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}"]
-    else:  # of another package, which AutoModel may not know
+    else:
         loader = type(model).__name__
         imports = [f"from {module} import {loader}"]
         imports += ["from transformers import AutoTokenizer"] if tokenizer else []

@@ -1,8 +1,10 @@
 """JointMerge: tasks and a method in; what is merged together; `Merged` out."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mats_lightning.merged import SHARED, Merged, PartOfTasks
 from mats_lightning.merging import MergeResult
-from mats_lightning.merging.models import Weights, check_models, check_weights, names_with
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_weights,
+    counted,
+    names_with,
+)
 from mats_lightning.merging.rescale import rescaled
 from mats_lightning.methods import METHODS, Method
 from mats_lightning.products import (
@@ -23,6 +31,7 @@ from mats_lightning.products import (
 )
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part, Task, check_same_scaling, check_tasks
+from mats_lightning.tied import tied_names, with_tied
 
 
 class JointMerge:
@@ -44,9 +53,16 @@ class JointMerge:
         self.tasks = {task.name: task for task in tasks}
         rest = dict(options)
         self.weights = _weights_of(rest.pop("weights", None), list(self.tasks))
-        self.method = Method.of(method, rest)
         self.examples: dict[str, int] = {}  # task -> that its statistics are of, where they count
-        self._pretrained = pretrained
+        # task -> other name of a tied parameter -> the name under which it is merged
+        self._tied = {name: tied_names(task.module) for name, task in self.tasks.items()}
+        shared = next(iter(self._tied.values()))
+        self._pretrained = None
+        if pretrained is not None:
+            self._pretrained = with_tied(pretrained, shared, "pretrained")
+        if isinstance(init := rest.get("init"), Mapping):
+            rest["init"] = with_tied(init, shared, "options['init']")
+        self.method = Method.of(method, rest)
         self._pretrained_heads = pretrained_heads
         chosen = self.method
         if chosen.lora_rank is None and chosen.needs_start and pretrained is None:
@@ -116,14 +132,38 @@ class JointMerge:
                     f" merge ({name}): '{odd[0]}' is in one of them alone; if it belongs to a head,"
                     " name it in Task(head=...)"
                 )
+            ties = [self._tied_in(part, of) for of in (part.tasks[0], member)]
+            if odd := sorted(dict(ties[0].items() ^ ties[1].items())):
+                raise ValueError(
+                    f"tasks '{part.tasks[0]}' and '{member}' tie their parameters in different"
+                    f" ways: '{odd[0]}' is another parameter's second name in one of them alone;"
+                    " build their modules alike"
+                )
+
+    def _tied_in(self, part: PartOfTasks, member: str) -> dict[str, str]:
+        """Of a part's names those that one task has for a parameter that is merged under another.
+
+        A parameter is merged once, whatever the options say of its names.
+        """
+        names = set(part.names)
+        return {n: first for n, first in self._tied[member].items() if {n, first} <= names}
 
     def _merge_part(
         self, name: str, part: PartOfTasks, device: torch.device, progress: bool
     ) -> dict[int, MergeResult]:
         """The states by iteration count."""
-        thetas = [Part(self.tasks[member].weights, part.names, device) for member in part.tasks]
-        options, start = self._options_of(part.tasks, part.names), self._start_of(name, device)
-        return self._merge(name, part, thetas, start, options, progress)
+        tied = self._tied_in(part, part.tasks[0])
+        names = [n for n in part.names if n not in tied]
+        thetas = [Part(self.tasks[member].weights, names, device) for member in part.tasks]
+        if any(self.weights[member] for member in part.tasks):
+            options, start = self._options_of(part.tasks, names), self._start_of(name, device)
+            states = self._merge(name, part, thetas, start, options, progress)
+        else:  # a head group of which the weights say nothing
+            average = METHODS["average"](thetas)
+            states = {count: MergeResult(dict(average)) for count in self.method.counts}
+        for state in states.values():
+            state.state_dict |= {n: state.state_dict[first] for n, first in tied.items()}
+        return states
 
     def _merge_products(
         self, part: PartOfTasks, device: torch.device, progress: bool
@@ -171,14 +211,19 @@ class JointMerge:
                 options["on_block"] = stack.enter_context(
                     _progress(f"{self.method.name}, {part_name}")
                 )
+            members = counted(part.tasks, options["weights"])
+            order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(members))
+            what = f"{self.method.name} of the {part_name}"
             try:
-                result = METHODS[self.method.name](thetas, **options)
+                with warnings.catch_warnings(record=True) as caught:
+                    result = METHODS[self.method.name](thetas, **options)
             except ValueError as error:
-                order = ", ".join(f"model {i} is '{m}'" for i, m in enumerate(part.tasks))
-                raise ValueError(
-                    f"{self.method.name} of the {part_name}: {error} ({order})"
-                ) from error
-        states = self.method.states(result, list(thetas[0]), options.get("statistics", []))
+                raise ValueError(f"{what}: {error} ({order})") from error
+        for warning in caught:
+            warnings.warn(f"{what}: {warning.message} ({order})", warning.category, stacklevel=2)
+        statistics = options.get("statistics")
+        of_counted = counted(statistics, options["weights"]) if statistics else []
+        states = self.method.states(result, list(thetas[0]), of_counted)
         if self.method.scale is not None:
             assert start is not None
             for state in states.values():
@@ -187,15 +232,19 @@ class JointMerge:
         return states
 
     def _averaged(self, names: list[str]) -> list[str]:
-        """The expressions that these names have; each must be in a name of some part."""
+        """Expressions for those of these names that are meant, by any name of what is tied.
+
+        Each that was given must be in a name of some part.
+        """
         given = self.method.options["averaged"]
         patterns = [given] if isinstance(given, str) else list(given)
-        everywhere: dict[str, None] = {}
+        merged_as: dict[str, str] = {}  # name -> that under which the parameter is merged
         for name, part in self._parts().items():
             products = name == SHARED and self.method.lora_rank is not None
-            everywhere |= dict.fromkeys(product_names(part.names) if products else part.names)
-        names_with(patterns, list(everywhere), "averaged")
-        return [p for p in patterns if any(re.search(p, name) for name in names)]
+            own = product_names(part.names) if products else part.names
+            merged_as |= dict(zip(own, own, strict=True)) | self._tied_in(part, part.tasks[0])
+        meant = {merged_as[n] for n in names_with(patterns, list(merged_as), "averaged")}
+        return [f"^{re.escape(name)}$" for name in names if name in meant]
 
     def _statistics(self, member: str, names: list[str]) -> Statistics:
         statistics = self.tasks[member].load_statistics()
@@ -204,12 +253,17 @@ class JointMerge:
         known |= {f"{module}.weight" for module in statistics.gram}
         if not known & set(names):
             found = f"'{min(known)}' ..." if known else "nothing"
+            how = "with MaTSStatsCallback or collect_statistics(...)"
+            if self.method.lora_rank is not None:
+                how += " and adapted_weights=True, since lora_rank merges what LoRA adds to them"
             raise ValueError(
                 f"task '{member}': its statistics cover none of the parameters to merge"
                 f" ('{names[0]}' ...), but {found}: take them of the module that was fine-tuned,"
-                " with MaTSStatsCallback or collect_statistics(...)"
+                f" {how}"
             )
-        return statistics
+        # they belong to the task's weights, as it has checked
+        info = {what: value for what, value in statistics.info.items() if what != "digest"}
+        return replace(statistics, info=info)
 
     def _start_of(self, part: str, device: torch.device) -> Weights | None:
         if part == SHARED:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mats_lightning.lora import BASE, A, B, Lora
 from mats_lightning.merging.curvatures import operator
 from mats_lightning.merging.forms import matrix_form
-from mats_lightning.merging.models import check_range, check_weights
+from mats_lightning.merging.models import check_range, check_weights, counted
 from mats_lightning.operators import Gram, KroneckerFactored
 from mats_lightning.statistics import Statistics
 
@@ -57,6 +57,7 @@ def refactor(
     if not deltas:
         raise ValueError("there is no product to make into factors")
     w = check_weights(weights, len(statistics)) if statistics else []
+    statistics, w = counted(statistics, w), counted(w, w)
     kinds = {name: _kind(name, statistics) for name in deltas} if statistics else {}
     config = {
         **like.config,

@@ -21,6 +21,7 @@ from mats_lightning.passes import training_alone
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Part
+from mats_lightning.tied import with_tied
 
 MEASURED = ("kfac", "block_fisher")
 
@@ -129,18 +130,25 @@ def next_weights(
         check_belongs(task, merged, f"{path} with {weights}")
     thetas = None
     if checkpoints is not None:
-        thetas = [_only(merged, path, prefix) for path in checkpoints]
+        tied = {n: used for s in statistics for n, used in s.info.get("tied", {}).items()}
+        thetas = [_only(merged, path, prefix, tied) for path in checkpoints]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     result = refresh_step(merged, statistics, thetas, **options)
     save_state({n.removeprefix(prefix): t for n, t in result.state_dict.items()}, out)
     return result
 
 
-def _only(merged: Mapping[str, Tensor], path: str | os.PathLike[str], prefix: str) -> Part:
+def _only(
+    merged: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    prefix: str,
+    tied: Mapping[str, str],
+) -> Part:
     """What the merged weights hold of a checkpoint: no head."""
     theta = load_weights(path)
     if not any(name.startswith(prefix) for name in theta):
         theta = load_weights(path, prefix)
+    theta = with_tied(theta, tied, str(path))
     if missing := [name for name in merged if name not in theta]:
         raise ValueError(
             f"{path} does not have '{missing[0]}', which is among the merged weights"

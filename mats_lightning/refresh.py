@@ -31,8 +31,8 @@ from mats_lightning.module import MergeModule
 from mats_lightning.names import plain_name
 from mats_lightning.rounds import Folder, RefreshPlan, Round, State, last_kept
 from mats_lightning.sampled import LogitsFn, choose_fisher
-from mats_lightning.sidecar import digest
 from mats_lightning.statistics import Statistics
+from mats_lightning.statistics.digest import digest
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
 from mats_lightning.tasks import Part
 

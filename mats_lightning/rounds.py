@@ -18,7 +18,8 @@ from mats_lightning.measuring import save_state
 from mats_lightning.merging.models import Weights, check_range
 from mats_lightning.merging.results import objective_kinds
 from mats_lightning.sampled import FISHERS, Fisher
-from mats_lightning.sidecar import SUFFIX, digest
+from mats_lightning.sidecar import SUFFIX
+from mats_lightning.statistics.digest import digest
 
 State = dict[str, Tensor]
 LABELS = ("data", "teacher")

@@ -26,7 +26,6 @@ Divide sums by `examples` (A, a and counts by their group's positions; A_reduced
 have what the README defines.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -44,10 +43,12 @@ from mats_lightning.batches import LossReduction, MaskFn
 from mats_lightning.files import write_atomically
 from mats_lightning.lazy import Lazy
 from mats_lightning.statistics import Coverage, Statistics
+from mats_lightning.statistics.digest import digest, digest_of
 from mats_lightning.statistics.record import BLOCK, INPUT, OUTPUT, REDUCED, finite
 
 SUFFIX = ".mats.safetensors"
 FORMAT, FORMAT_VERSION = "mats_lightning", 1
+FACTOR_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 PACKED = (INPUT, OUTPUT, BLOCK, REDUCED)
 
 
@@ -55,18 +56,6 @@ def sidecar_path(checkpoint: str | os.PathLike[str]) -> Path:
     """'val_loss=0.31.ckpt' -> 'val_loss=0.31.ckpt.mats.safetensors'."""
     path = Path(checkpoint)
     return path.with_name(path.name + SUFFIX)
-
-
-def digest(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """name -> SHA-256 of the tensor's dtype, shape and bytes."""
-    return {name: _digest(tensor) for name, tensor in weights.items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    tensor = tensor.detach().cpu().contiguous()
-    sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def describe(
@@ -111,11 +100,12 @@ def save_statistics(
     `factor_dtype` stores the packed triangles in another dtype: bfloat16 halves them, and rounds
     their numbers to a relative 2^-9, so that small eigenvalues are lost: merge with a damping.
 
-    Raises ValueError when a sum is not finite (such statistics would ruin a merge), or for a
-    dtype that is not floating point.
+    Raises ValueError when a sum is not finite (such statistics would ruin a merge), or for another
+    `factor_dtype` than float32, float64 and bfloat16: sums are too large for narrower exponents.
     """
-    if factor_dtype is not None and not factor_dtype.is_floating_point:
-        raise ValueError(f"factor_dtype={factor_dtype}: it must be a floating point type")
+    if factor_dtype not in FACTOR_DTYPES:
+        known = ", ".join(map(str, FACTOR_DTYPES))
+        raise ValueError(f"factor_dtype={factor_dtype}; choose from {known}")
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     for key in statistics.tensors:
@@ -124,6 +114,8 @@ def save_statistics(
             raise ValueError(f"{path}: '{key}' has NaN or inf: a loss or gradient was not finite")
         if key.split("/")[0] in PACKED:
             tensors[key] = _pack(tensor).to(factor_dtype or tensor.dtype)
+            if not finite(tensors[key]):
+                raise ValueError(f"{path}: '{key}' is too large for {factor_dtype}; leave it out")
         else:
             tensors[key] = tensor.contiguous()
     described = {
@@ -216,8 +208,16 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
     """Statistics and weights are of one model: names, shapes and digests agree.
 
     `what` names the model in the error. Raises ValueError for another architecture (a parameter
-    is missing or has another shape) and for other weights.
+    is missing or has another shape), for other weights, and for statistics that hold no digest of
+    any of their parameters.
     """
+    if statistics.info.get("digest") == {}:
+        raise ValueError(
+            f"{what}: its statistics hold no digest of weights, so they cannot be told to be of"
+            " these: the checkpoint that they were saved with has other names than the module that"
+            " was trained (does on_save_checkpoint rename them?); take them anew, with"
+            " collect_statistics(...), of a module that has these weights"
+        )
     shapes = {row["name"]: tuple(row["shape"]) for row in statistics.info.get("coverage", [])}
     for name, expected in statistics.info.get("digest", {}).items():
         if name not in weights:
@@ -231,10 +231,10 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
                 f"{what}: its statistics are of another architecture: '{name}' has shape"
                 f" {shapes[name]} there and {tuple(tensor.shape)} in the checkpoint"
             )
-        if _digest(tensor) != expected:
+        if digest_of(tensor) != expected:
             raise ValueError(
                 f"{what}: its statistics belong to other weights: the digest of '{name}' is"
-                f" {expected[:12]}..., the checkpoint's is {_digest(tensor)[:12]}...; use the"
+                f" {expected[:12]}..., the checkpoint's is {digest_of(tensor)[:12]}...; use the"
                 " sidecar that was saved with this checkpoint, or collect_statistics(...)"
             )
 

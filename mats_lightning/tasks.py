@@ -25,6 +25,7 @@ from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 from mats_lightning.sidecar import check_belongs, load_statistics
 from mats_lightning.statistics import Statistics
+from mats_lightning.tied import tied_names, with_tied
 
 # of an adapter's configuration: what decides how its parameters act on a layer
 FORM = (
@@ -74,6 +75,8 @@ class Task:
     def weights(self) -> Mapping[str, Tensor]:
         """The fine-tuned model's weights, read lazily; names and shapes fit the module.
 
+        Of a tied parameter, a checkpoint may hold one name alone.
+
         Raises FileNotFoundError without a checkpoint, ValueError for one that cannot be read or
         is of another architecture.
         """
@@ -83,7 +86,12 @@ class Task:
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
         if adapter := is_adapter(self.checkpoint):
             self._check_adapter()
-            expected = {n: s for n, s in expected.items() if ADAPTER_NAME in n.split(".")}
+            # peft saves some of what lies below as well: trained biases, adapted embeddings
+            own = {n for n in expected if ADAPTER_NAME in n.split(".") or n in weights}
+            expected = {n: s for n, s in expected.items() if n in own}
+        tied = {n: first for n, first in tied_names(self.module).items() if n in expected}
+        with self._named_in_errors():
+            weights = with_tied(weights, tied, str(self.checkpoint))
         if different := sorted(set(expected) ^ set(weights)):
             where = "the module" if different[0] in expected else "the checkpoint"
             raise ValueError(

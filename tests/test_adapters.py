@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_lora import (
     HEAD,
@@ -25,6 +25,7 @@ from test_lora import (
 )
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mats_lightning import MergeModule, Task, collect_statistics, merging
 from mats_lightning.checkpoints import load_weights
@@ -47,6 +48,79 @@ def unloaded(*models: Any) -> list[dict[str, Tensor]]:
 def logits(model: Any) -> Tensor:
     found: Tensor = model.eval().backbone(IDS).logits
     return found
+
+
+# -- what peft saves beside the factors --------------------------------------------------------
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {  # in the file, the last of these names
+    "DoRA": ("bert", {"use_dora": True}, "lora_magnitude_vector"),
+    "all biases": ("gpt2", {"bias": "all"}, "ln_f.bias"),
+    "biases of adapted layers": ("bert", {"bias": "lora_only"}, "query.base_layer.bias"),
+    "biases of factors": ("bert", {"lora_bias": True}, "lora_B.bias"),
+    "embedding": ("bert", {"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
+    "embedding that is saved whole": (
+        "llama",
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        "embed_tokens.base_layer.weight",
+    ),
+}
+
+
+def variant(kind: str, seed: int, **options: Any) -> Any:
+    if kind != "llama":
+        return adapted(kind, seed, **options)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, **options))
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapters_of_all_kinds_are_merged_and_exported(tmp_path: Path, name: str) -> None:
+    kind, options, key = VARIANTS[name]
+    pair, states = [], []
+    for seed in (1, 2):
+        model = variant(kind, seed, **options)
+        model.save_pretrained(str(tmp_path / f"{seed}"))
+        states.append(load_file(tmp_path / f"{seed}" / "adapter_model.safetensors"))
+        module = Classifier()
+        module.backbone = variant(kind, 3, **options)
+        head = HEAD if kind == "bert" else ()
+        checkpoint = tmp_path / f"{seed}"
+        pair.append(Task(f"{seed}", module, checkpoint, ROWS, head=head, prefix="backbone."))
+    assert any(stored.endswith(key) for stored in states[0])
+    merge = MergeModule(pair, "average")
+    merge.merge(progress=False)
+    merge.export(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == {n for n in states[0] if "classifier" not in n}
+    for stored, tensor in written.items():
+        torch.testing.assert_close(tensor, (states[0][stored] + states[1][stored]) / 2)
+    below: Any = variant(kind, 3, **options).unload()
+    loaded: Any = PeftModel.from_pretrained(below, str(tmp_path / "out")).eval()
+    merged: Any = merge.model("1")
+    if kind == "bert":
+        head_of: Any = merged.backbone.base_model.model.classifier.modules_to_save["default"]
+        loaded.base_model.model.classifier.load_state_dict(head_of.state_dict())
+    torch.testing.assert_close(loaded(IDS).logits, logits(merged))
+
+
+def test_biases_that_peft_saves_under_several_names_are_refused(tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, "bert", 1, bias="all")
+    with pytest.raises(ValueError, match=r"bias='all' beside modules_to_save=.*merge_and_unload"):
+        load_weights(path)
 
 
 # -- products ----------------------------------------------------------------------------------
@@ -103,6 +177,18 @@ def test_the_length_of_merged_products(tmp_path: Path) -> None:
         added[scale] = found.get_delta_weight("default")
         assert name and added[scale].abs().max() > 1e-4
     torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=1e-3, atol=1e-6)
+
+
+def test_statistics_of_the_factors_alone_are_none_of_products(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    for seed, task in enumerate(pair, start=1):
+        batches = [batch("bert")]
+        task.statistics = collect_statistics(
+            Classifier(seed), batches, loss_fn=loss, progress=False
+        )
+    module = MergeModule(pair, "mats", {"lora_rank": 2})
+    with pytest.raises(ValueError, match=r"cover none .* and adapted_weights=True, since lora"):
+        module.merge(progress=False)
 
 
 def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:

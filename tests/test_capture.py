@@ -361,6 +361,27 @@ def test_curvature_of_the_weights_below_a_lora() -> None:
     assert "base_model.model.head.weight" not in coverage.rows
 
 
+class Quantized(type(lora().base_model.model.layer)):  # type: ignore[misc]
+    """As peft has them of bitsandbytes' layers."""
+
+    __module__ = "peft.tuners.lora.bnb"
+
+
+def test_a_weight_below_another_lora_than_a_linear_one_is_named() -> None:
+    model: Any = lora().double()
+    model.base_model.model.layer.__class__ = Quantized
+    coverage = find_coverage(model, KINDS, 8192, adapted_weights=True)
+    below = "base_model.model.layer.base_layer.weight"
+    reason = "no A and G are taken below LoRA's Quantized (peft.tuners.lora.bnb)"
+    assert coverage.uncovered[below] == reason
+    assert coverage.rows["base_model.model.up.base_layer.weight"].statistics == ["gram", "kfac"]
+    assert below not in find_coverage(model, KINDS, 8192).rows
+    found, _ = captured(model, vectors(), adapted_weights=True)
+    assert "base_model.model.layer.base_layer" not in found.kfac
+    wanted, _ = captured(lora().double(), vectors(), adapted_weights=True)
+    assert found.diagonal_fisher.keys() == wanted.diagonal_fisher.keys()
+
+
 # -- what cannot be exact is named -----------------------------------------------------------
 
 

@@ -24,6 +24,10 @@ from transformers import (
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
 )
 
 from mats_lightning import MergeModule, Task, collect_statistics
@@ -229,6 +233,33 @@ def test_folder_that_is_not_empty(tmp_path: Path, model: BertModel) -> None:
         export_huggingface(tmp_path / "notes.txt", model, None, {}, CARD, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+class Encoder(T5EncoderModel):
+    """Of a module that is no part of transformers."""
+
+
+@pytest.mark.parametrize("tokenizing", [False, True])
+@pytest.mark.parametrize("kind", [T5Model, T5ForConditionalGeneration, T5EncoderModel, Encoder])
+def test_the_program_loads_the_class_that_was_exported(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    tokenizing: bool,
+) -> None:
+    """T5 with its head is the base model of itself."""
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    model = kind(config)
+    folder = export_huggingface(
+        tmp_path / "merged", model, tokenizer if tokenizing else None, {}, CARD
+    )
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(blocks(folder, "python"), names)
+    assert type(names["model"]) is kind
+    assert ("AutoModel" in names) == (kind is T5Model)
+    assert_same(names["model"], model)
 
 
 def test_empty_folder_is_taken(tmp_path: Path, model: BertModel) -> None:

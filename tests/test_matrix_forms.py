@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mats_lightning import load_statistics
 from mats_lightning.capture import Capture
-from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic
+from mats_lightning.merging import average, fisher, mats, regmean, task_arithmetic, ties
 from mats_lightning.merging.curvatures import operator
 from mats_lightning.merging.forms import matrix_form
 from mats_lightning.sidecar import save_statistics
@@ -399,6 +399,18 @@ def running(seed: int, batches: int) -> dict[str, Tensor]:
         "norm.running_var": torch.rand(3, generator=draw),
         "norm.num_batches_tracked": torch.tensor(batches),
     }
+
+
+def test_running_statistics_have_no_share_in_the_density_of_ties() -> None:
+    start = {"w": torch.zeros(10)}
+    thetas = [{"w": torch.arange(1.0, 11.0)}, {"w": torch.arange(2.0, 12.0)}]
+    expected = ties(thetas, start, 0.3, 1.0)["w"]
+    assert int((expected != 0).sum()) == 3
+    far = [theta | {n: 1 + 9 * t for n, t in running(0, 5).items()} for theta in thetas]
+    found = ties(far, start | running(0, 1), 0.3, 1.0)
+    assert torch.equal(found["w"], expected)
+    only = [running(seed, 2) for seed in (0, 1)]
+    assert ties(only, running(2, 1), 0.3, 1.0).keys() == only[0].keys()
 
 
 OF_WEIGHTS: dict[str, Callable[..., dict[str, Tensor]]] = {

@@ -30,6 +30,7 @@ from mats_lightning.merging import (
 )
 from mats_lightning.merging.preconditioner import block_preconditioner
 from mats_lightning.operators import Damped, KroneckerFactored
+from mats_lightning.statistics.digest import digest
 
 State = dict[str, Tensor]
 Merge = Callable[..., State]
@@ -588,11 +589,43 @@ def test_weight_zero_leaves_a_task_out(problem: Problem, merge: Merge) -> None:
         assert_states(found, merge(problem), 1e-3)
 
 
-@methods(["average", "task_arithmetic", "ties", "fisher", "regmean"])
-def test_weight_zero_shuts_out_a_model_that_has_diverged(problem: Problem, merge: Merge) -> None:
-    expected = merge(problem.of([0, 2]), weights=[1.0, 3.0])
-    problem.thetas[1] = {n: torch.full_like(t, math.nan) for n, t in problem.thetas[1].items()}
-    assert_states(merge(problem, weights=[1.0, 0.0, 3.0]), expected, 1e-12)
+@every_method
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9])
+def test_weight_zero_shuts_out_a_model_that_has_diverged(
+    problem: Problem, merge: Merge, value: float
+) -> None:
+    weights = [1.0, 0.0, 3.0]
+    expected = merge(problem, weights=weights)
+    problem.thetas[1] = {n: torch.full_like(t, value) for n, t in problem.thetas[1].items()}
+    problem.factors[1] = problem.factors[1].map(lambda t: t * math.nan)
+    found = merge(problem, weights=weights)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_weight_zero_leaves_a_task_out_of_the_radius_and_the_closed_form() -> None:
+    problem = make_problem()
+    problem.thetas[2] = {n: 1000 * t for n, t in problem.thetas[2].items()}
+    two = problem.of([0, 1])
+    cases: list[dict[str, Any]] = [
+        {"radius": 0.5, "init": problem.pretrained, "iterations": 20},
+        {"preconditioner": "exact", "iterations": 1},
+    ]
+    for options in cases:
+        found = mats(problem.thetas, problem.statistics, weights=[1.0, 1.0, 0.0], **options)
+        expected = mats(two.thetas, two.statistics, **options)
+        assert_states(found.state_dict, expected.state_dict, 1e-12)
+        assert {n: b.at_edge for n, b in found.blocks.items()} == {
+            n: b.at_edge for n, b in expected.blocks.items()
+        }
+
+
+def test_weight_zero_needs_no_statistics_that_cover_the_same(problem: Problem) -> None:
+    statistics = [*problem.statistics[:2], Statistics()]
+    found = mats(problem.thetas, statistics, weights=[1.0, 1.0, 0.0], iterations=3)
+    expected = mats(problem.thetas[:2], statistics[:2], iterations=3)
+    assert_states(found.state_dict, expected.state_dict, 1e-12)
+    with pytest.raises(ValueError, match="2 statistics for 3 models"):
+        mats(problem.thetas, statistics[:2], weights=[1.0, 1.0, 0.0])
 
 
 @methods(n for n in METHODS if n not in SCALED)
@@ -981,6 +1014,15 @@ class Lazy(Mapping[str, Tensor]):
 
 
 @every_method
+def test_float8_is_an_error(problem: Problem, merge: Merge) -> None:
+    problem.thetas[1]["second.weight"] = problem.thetas[1]["second.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ValueError, match=r"'second\.weight' is torch\.float8_e4m3fn in model 1: .*con"
+    ):
+        merge(problem)
+
+
+@every_method
 def test_weights_may_be_lazy_and_may_require_gradients(problem: Problem, merge: Merge) -> None:
     expected = merge(problem)
     lazy: Any = replace(
@@ -1184,13 +1226,97 @@ def test_factors_of_what_is_no_matrix(problem: Problem) -> None:
         run_method("regmean", problem)
 
 
+@pytest.mark.parametrize("uncovered", ["average", "pretrained"])
 @pytest.mark.parametrize("method", STATISTIC_METHODS)
-def test_a_statistic_that_one_task_lacks(problem: Problem, method: str) -> None:
+def test_a_parameter_that_one_task_lacks_a_statistic_of_is_uncovered(
+    problem: Problem, method: str, uncovered: str
+) -> None:
+    group, key = FACTOR_OF[method]
+    whole = statistic_methods(uncovered, problem.pretrained)[method](problem)
+    del getattr(problem.factors[1], group)[key]
+    how = "it is averaged" if uncovered == "average" else "the pretrained value is taken"
+    message = rf"^'first.weight' has the statistic \w+ in model 0 but not in model 1: {how}"
+    with pytest.warns(UserWarning, match=message):
+        found = statistic_methods(uncovered, problem.pretrained)[method](problem)
+    given = problem.pretrained if uncovered == "pretrained" else average(problem.thetas)
+    expected = whole | {"first.weight": given["first.weight"]}
+    assert_states(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_it_can_be_an_error(problem: Problem, method: str) -> None:
     group, key = FACTOR_OF[method]
     del getattr(problem.factors[1], group)[key]
+    for theta in (*problem.thetas, problem.pretrained):
+        del theta["free"]
     message = r"'first.weight' has the statistic \w+ in model 0 but not in model 1: take the same"
     with pytest.raises(ValueError, match=message):
-        run_method(method, problem)
+        statistic_methods("error", None)[method](problem)
+
+
+def test_so_it_is_where_no_parameter_is_covered_in_all_models(problem: Problem) -> None:
+    problem.factors[1] = replace(problem.factors[1], f={})
+    message = "'first.weight' has the .* in model 0 but not in model 1; .*: take the same"
+    with pytest.raises(ValueError, match=message):
+        fisher(problem.thetas, problem.statistics)
+
+
+def test_averaged_names_need_no_statistics(
+    problem: Problem, recwarn: pytest.WarningsRecorder
+) -> None:
+    expected = mats(problem.thetas, problem.statistics, averaged="first.weight", iterations=3)
+    del problem.factors[1].a["first"]
+    found = mats(problem.thetas, problem.statistics, averaged="first.weight", iterations=3)
+    assert_states(found.state_dict, expected.state_dict, 1e-12)
+    assert found.uncovered == ["free"]
+    for factors in problem.factors:
+        factors.a, factors.c = {}, {}
+    with pytest.raises(ValueError, match=r"no parameter .* has the statistic kfac or block"):
+        mats(problem.thetas, problem.statistics)
+    assert not recwarn
+
+
+def of_their_weights(problem: Problem) -> list[Statistics]:
+    pairs = zip(problem.factors, problem.thetas, strict=True)
+    return [factors.statistics({"digest": digest(theta)}) for factors, theta in pairs]
+
+
+@pytest.mark.parametrize("method", STATISTIC_METHODS)
+def test_statistics_of_other_weights(problem: Problem, method: str) -> None:
+    statistics = of_their_weights(problem)
+    run_method(method, problem, statistics)
+    statistics[1], statistics[2] = statistics[2], statistics[1]
+    message = (
+        r"statistics of model 1 belong to other weights: the digest of '.*' is \w{12}\.\.\. the"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_method(method, problem, statistics)
+
+
+def test_digests_are_those_of_what_is_used(problem: Problem) -> None:
+    """So of no parameter that is averaged; and a wider dtype holds the same weights."""
+    statistics = of_their_weights(problem)
+    problem.thetas[0]["free"] += 1
+    problem.thetas[0]["first.weight"] += 1
+    with pytest.raises(
+        ValueError, match=r"model 0 .* other weights: the digest of 'first\.weight'"
+    ):
+        mats(problem.thetas, statistics)
+    mats(problem.thetas, statistics, averaged="first.weight")
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = replace(problem, thetas=[cast(theta, dtype) for theta in problem.thetas])
+        found = of_their_weights(narrow)
+        mats([cast(theta, torch.float64) for theta in narrow.thetas], found)
+
+
+def test_kfac_of_two_kinds(problem: Problem) -> None:
+    ways = ("expand", "expand", "reduce")
+    pairs = zip(problem.factors, ways, strict=True)
+    statistics = [factors.statistics({"weight_sharing": way}) for factors, way in pairs]
+    with pytest.raises(ValueError, match="is expand in model 0 and reduce in model 2; take the"):
+        mats(problem.thetas, statistics)
+    for objective in ("gram", "diagonal_fisher"):
+        mats(problem.thetas, statistics, objective=objective)
 
 
 @pytest.mark.parametrize("method", STATISTIC_METHODS)

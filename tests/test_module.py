@@ -580,6 +580,25 @@ def test_a_head_group_merges_the_head_of_its_members(suite: Suite, method: str) 
         assert set(module.blocks) == {*SHARED, *(f"head group 'polarity's': {p}" for p in head)}
 
 
+@pytest.mark.parametrize("method", ["average", "mats", "task_arithmetic"])
+def test_a_head_group_of_tasks_without_weight_is_averaged(suite: Suite, method: str) -> None:
+    tasks = suite.tasks("log", *GROUP)
+    for task in tasks[1:]:
+        task.head_group = "polarity"
+    options: dict[str, Any] = {"weights": [1.0, 0.0, 0.0]}
+    if method == "mats":
+        options["iterations"] = [1, 2]
+    elif method == "task_arithmetic":
+        options["scale"] = 1.0
+    module = MergeModule(tasks, method, options, suite.start)
+    expected = merging.average(suite.thetas(GROUP, ("head.weight", "head.bias")))
+    for name in GROUP:
+        state = module.state_of(name)
+        assert_equal({p: state[p] for p in expected}, expected)
+    own = load_weights(suite.checkpoint("log"))
+    torch.testing.assert_close(module.shared_state(), {name: own[name] for name in SHARED})
+
+
 def test_a_start_of_the_shared_parameters_leaves_heads_at_their_average(suite: Suite) -> None:
     states = {}
     for init in ("average", "state dict"):
@@ -835,6 +854,20 @@ def test_errors_of_the_merge_say_which_model_is_which_task(suite: Suite) -> None
 
 
 # -- bad input: arguments ----------------------------------------------------------------------
+
+
+def test_warnings_of_the_merge_say_which_model_is_which_task(suite: Suite) -> None:
+    tasks = suite.tasks("log", "dict", "metric")
+    found = load_statistics(suite.checkpoint("dict"))
+    rest = {key: found.tensors[key] for key in found.tensors if key != "G/body.0"}
+    tasks[1].statistics = replace(found, tensors=rest)
+    module = MergeModule(tasks, "mats", {"weights": [0.0, 1.0, 1.0]})
+    message = (
+        r"^mats of the shared parameters: 'body\.0\.weight' has the statistic kfac in model 1 but"
+        r" not in model 0: it is averaged.* \(model 0 is 'dict', model 1 is 'metric'\)"
+    )
+    with pytest.warns(UserWarning, match=message):
+        module.merge(progress=False)
 
 
 def test_another_head_size_without_head(suite: Suite) -> None:

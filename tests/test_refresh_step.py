@@ -330,10 +330,6 @@ def changed(**tensors: Tensor | None) -> Statistics:
             "needs the gradient of 'norm.weight', which model 0 does not have",
         ),
         (
-            {"statistics": [changed(**{"G__layer": None}), *ALL[1:]]},
-            "'layer.weight' has the statistic kfac in model 1 but not in model 0",
-        ),
-        (
             {
                 "statistics": [changed(**{"gradient__norm.weight": torch.ones(4)}), *ALL[1:]],
                 "mix": 1.0,
@@ -345,6 +341,20 @@ def changed(**tensors: Tensor | None) -> Statistics:
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refresh_step(**{"merged": MERGED, "statistics": ALL, "thetas": THETAS, **arguments})
+
+
+def test_a_parameter_that_one_task_lacks_a_statistic_of_stays(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    statistics = [changed(**{"G__layer": None}), *ALL[1:]]
+    message = "'layer.weight' has the statistic kfac in model 1 but not in model 0: it stays as"
+    with pytest.warns(UserWarning, match=message):
+        found = refresh_step(MERGED, statistics, THETAS)
+    assert torch.equal(found.state_dict["layer.weight"], MERGED["layer.weight"])
+    assert "layer.weight" in found.uncovered
+    recwarn.clear()
+    assert "layer.weight" not in refresh_step(MERGED, statistics, THETAS, kept="layer").uncovered
+    assert not recwarn
 
 
 def test_without_a_radius_the_tasks_weights_are_read_no_second_time() -> None:

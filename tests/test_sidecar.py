@@ -111,7 +111,7 @@ def test_triangles_may_be_written_in_bfloat16(tmp_path: Path) -> None:
         if key.split("/")[0] in sidecar.PACKED
     )
     assert abs(large - small - 2 * packed) < 4096  # the headers differ in length
-    with pytest.raises(ValueError, match=r"factor_dtype=torch\.int8: it must be a floating point"):
+    with pytest.raises(ValueError, match=r"factor_dtype=torch\.int8; choose from"):
         save_statistics(wanted, sidecar_path(paths[0]), factor_dtype=torch.int8)
 
 
@@ -346,6 +346,31 @@ def test_other_weights(saved: Path) -> None:
     ) as e:
         check_belongs(load_statistics(saved), weights, "trec")
     assert "'head.bias'" in str(e.value) and "use the sidecar that was saved with" in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.int32])
+def test_dtypes_that_are_too_narrow_for_sums(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = Statistics({"A/x": torch.full((2, 2), 1e6)}, 1, {"x": 1}, {"x": "x"})
+    with pytest.raises(
+        ValueError, match=rf"factor_dtype={dtype}; choose from None, torch\.float32"
+    ):
+        save_statistics(found, tmp_path / "x.mats.safetensors", dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sums_that_are_too_large_for_their_dtype(tmp_path: Path) -> None:
+    large = torch.full((2, 2), 1e300, dtype=torch.float64)
+    found = Statistics({"A/x": large}, 1, {"x": 1}, {"x": "x"})
+    save_statistics(found, tmp_path / "x.mats.safetensors", torch.float64)
+    with pytest.raises(ValueError, match=r"'A/x' is too large for torch\.float32; leave it out"):
+        save_statistics(found, tmp_path / "y.mats.safetensors", torch.float32)
+
+
+def test_a_sidecar_without_digests_belongs_to_none(saved: Path) -> None:
+    found = load_statistics(saved)
+    found.info["digest"] = {}
+    with pytest.raises(ValueError, match=r"trec: its statistics hold no digest .*rename them\?"):
+        check_belongs(found, transformer().state_dict(), "trec")
 
 
 def test_another_architecture_that_lacks_a_parameter(saved: Path) -> None:

@@ -120,6 +120,16 @@ def test_a_sum_tells_of_both_parts() -> None:
     assert (first + Statistics({}, 1)).info == first.info
 
 
+def test_statistics_at_other_weights_add_where_they_have_faded() -> None:
+    first, second = (Statistics({}, 2, info={"digest": {"p": digest, "q": "3"}}) for digest in "12")
+    with pytest.raises(ValueError, match=r"different weights: the digest of 'p' is 1\.\.\. in one"):
+        first + second
+    total = first + second.faded(1.0)
+    assert total.examples == 4
+    assert total.info["digest"] == first.info["digest"] == {"p": "1", "q": "3"}
+    assert (second.faded(1.0) + first).info["digest"] == first.info["digest"]
+
+
 def test_adding_leaves_both_parts_as_they_were() -> None:
     model = MLP().double()
     first, second = (captured(model, [batch])[0] for batch in vectors((3, 2)))

@@ -8,6 +8,7 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
+    counted,
     parameters,
     weighted_mean,
 )
@@ -20,7 +21,9 @@ def average(
 
     Raises ValueError for models that do not fit together or bad weights.
     """
-    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    thetas, w = counted(thetas, w), counted(w, w)
+    names = check_models(thetas)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):
         merged[name] = weighted_mean(tensors, w).to(dtype)

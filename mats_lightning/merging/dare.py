@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from mats_lightning.lazy import Lazy
-from mats_lightning.merging.models import Weights, check_models, merge_dtype, of_batch_norm
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_weights,
+    counted,
+    merge_dtype,
+    of_batch_norm,
+)
 from mats_lightning.merging.task_arithmetic import task_arithmetic
 from mats_lightning.merging.ties import ties
 
@@ -35,12 +42,14 @@ def dare(
     Raises ValueError for models that do not fit together, bad weights, a drop rate outside [0, 1)
     or a density outside (0, 1].
     """
+    w = check_weights(weights, len(thetas))
+    sparse = counted(_sparse(thetas, pretrained, drop_rate, seed), w)
+    thetas, w = counted(thetas, w), counted(w, w)
     names = check_models(thetas, pretrained)
-    sparse = drop_and_rescale(thetas, pretrained, drop_rate, seed=seed)
     if density is None:
-        merged = task_arithmetic(sparse, pretrained, scale, weights=weights)
+        merged = task_arithmetic(sparse, pretrained, scale, weights=w)
     else:
-        merged = ties(sparse, pretrained, density, scale, weights=weights)
+        merged = ties(sparse, pretrained, density, scale, weights=w)
     for name in names:
         stored = reduce(torch.promote_types, (theta[name].dtype for theta in thetas))
         merged[name] = merged[name].to(stored)
@@ -57,9 +66,15 @@ def drop_and_rescale(
 
     Raises ValueError for models that do not fit together or a drop rate outside [0, 1).
     """
+    check_models(thetas, pretrained)
+    return _sparse(thetas, pretrained, drop_rate, seed)
+
+
+def _sparse(
+    thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, seed: int
+) -> list[Weights]:
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate={drop_rate}: the probability of a drop lies in [0, 1)")
-    check_models(thetas, pretrained)
     return [Sparse(theta, pretrained, drop_rate, f"{seed}/{i}") for i, theta in enumerate(thetas)]
 
 

@@ -12,9 +12,11 @@ from mats_lightning.merging.curvatures import (
 )
 from mats_lightning.merging.models import (
     Weights,
+    check_counts,
     check_models,
     check_range,
     check_weights,
+    counted,
     parameters,
     weighted_mean,
 )
@@ -42,7 +44,10 @@ def fisher(
 
     Raises ValueError for models or statistics that do not fit together, or a negative floor.
     """
-    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    check_counts(statistics, thetas)
+    thetas, statistics, w = counted(thetas, w), counted(statistics, w), counted(w, w)
+    names = check_models(thetas)
     check_range("floor", floor)
     kind_of, _ = check_statistics(thetas, statistics, STATISTICS, uncovered, pretrained)
     merged: dict[str, Tensor] = {}
@@ -52,8 +57,7 @@ def fisher(
                 name, kind_of[name], statistics, tensors[0], w, floor=floor, normalize=normalize
             )
             zero, one = torch.zeros_like(tensors[0]), torch.ones_like(tensors[0])
-            counted = [(c, t) for c, t, wi in zip(operators, tensors, w, strict=True) if wi]
-            b = sum((c.matvec(t) for c, t in counted), zero)
+            b = sum((c.matvec(t) for c, t in zip(operators, tensors, strict=True)), zero)
             total = sum((c.matvec(one) for c in operators), zero)
             value = torch.where(total > 0, b / total, weighted_mean(tensors, w))
         else:

@@ -19,9 +19,11 @@ from mats_lightning.merging.curvatures import (
 from mats_lightning.merging.forms import beside, matrix_form
 from mats_lightning.merging.models import (
     Weights,
+    check_counts,
     check_models,
     check_range,
     check_weights,
+    counted,
     distance,
     parameters,
     stored_dtype,
@@ -129,14 +131,17 @@ def mats(
         averaged: regular expressions; a parameter whose name has one of them has C_i = I, so it is
             averaged. K-FAC of a layer can be far from its true curvature: of the patches of an
             image, for example, where all positions and gradients depend on each other.
-        weights: a number a task.
-        uncovered: parameters without a statistic: "average", "pretrained" or "error".
+        weights: a number a task; one of weight 0 has no part in anything.
+        uncovered: parameters without a statistic of all models: "average", "pretrained" or "error".
         on_block: called with (name, index, total) before each parameter.
 
     Raises ValueError for models or statistics that do not fit together, unknown names, an
     expression in `averaged` that no name has, options out of range, factors with NaN or inf.
     """
-    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    check_counts(statistics, thetas)
+    thetas, statistics, w = counted(thetas, w), counted(statistics, w), counted(w, w)
+    names = check_models(thetas)
     counts = [iterations] if isinstance(iterations, int) else list(iterations)
     if not counts or min(counts) < 0:
         raise ValueError(f"iterations={iterations}: give counts that are not negative")

@@ -4,10 +4,12 @@ import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Weights = Mapping[str, Tensor]  # a state dict, possibly read lazily
 
 
@@ -17,15 +19,15 @@ def check_models(
     """The names that all models have, in the order of the first.
 
     Raises ValueError, naming the model and the parameter, for models that do not have the same
-    names and shapes, or no common parameter at all. What only `start` has (its own head) takes
-    no part.
+    names and shapes, or no common parameter at all, or float8 weights. What only `start` has (its
+    own head) takes no part.
     """
     if not thetas:
         raise ValueError("there is no model to merge")
     names = list(thetas[0])
     if not names:
         raise ValueError("model 0 has no parameter: there is nothing to merge")
-    shapes = {name: tuple(thetas[0][name].shape) for name in names}
+    shapes = {name: _shape(name, thetas[0][name], "model 0") for name in names}
     for i, theta in enumerate(thetas[1:], start=1):
         extra = sorted(set(theta) - set(names))
         _check_model(shapes, f"model {i}", theta, extra)
@@ -50,11 +52,21 @@ def _check_model(
             " leave the parameters that belong to a task out (heads)"
         )
     for name, shape in shapes.items():
-        if tuple(theta[name].shape) != shape:
+        if (other := _shape(name, theta[name], label)) != shape:
             raise ValueError(
-                f"'{name}' has shape {shape} in model 0 and {tuple(theta[name].shape)} in {label};"
+                f"'{name}' has shape {shape} in model 0 and {other} in {label};"
                 " a head of another size belongs to its task: leave it out"
             )
+
+
+def _shape(name: str, tensor: Tensor, label: str) -> tuple[int, ...]:
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        raise ValueError(
+            f"'{name}' is {tensor.dtype} in {label}: weights this narrow are quantized, and cannot"
+            " be computed with; merge the weights before they were quantized, or convert these to"
+            " torch.bfloat16, times their scales"
+        )
+    return tuple(tensor.shape)
 
 
 def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
@@ -66,6 +78,20 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     if any(not 0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
         raise ValueError(f"weights={list(weights)}: they must be finite, not negative, not all 0")
     return [float(w) for w in weights]
+
+
+def check_counts(statistics: Sequence[T], thetas: Sequence[Weights]) -> None:
+    """Raises ValueError for another count of statistics than of models."""
+    if len(statistics) != len(thetas):
+        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
+
+
+def counted(items: Sequence[T], weights: Sequence[float]) -> list[T]:
+    """The models, or what belongs to each, whose weight is above 0.
+
+    No other has a part in a merge, whatever it holds. Errors number those that are left.
+    """
+    return [item for item, weight in zip(items, weights, strict=True) if weight > 0]
 
 
 def names_with(patterns: str | Sequence[str], names: Sequence[str], option: str) -> set[str]:
@@ -146,8 +172,8 @@ def parameters(
 def of_batch_norm(name: str, names: Container[str]) -> bool:
     """Whether this is a mean or variance that batch normalisation keeps."""
     prefix, dot, last = name.rpartition(".")
-    counted = f"{prefix}{dot}num_batches_tracked" in names
-    return counted and last in ("running_mean", "running_var")
+    counts = f"{prefix}{dot}num_batches_tracked" in names
+    return counts and last in ("running_mean", "running_var")
 
 
 def _running_statistics(

@@ -20,16 +20,23 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.block_solver import BlockSolver
-from mats_lightning.merging.curvatures import balance, covering_statistics, task_curvatures
+from mats_lightning.merging.curvatures import (
+    balance,
+    check_covering,
+    covering_statistics,
+    parameters_with,
+    task_curvatures,
+)
 from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
 from mats_lightning.merging.models import (
     Weights,
+    check_counts,
     check_models,
     check_range,
     check_weights,
+    counted,
     distance,
     merge_dtype,
-    names_with,
     of_batch_norm,
 )
 from mats_lightning.merging.results import Block, MergeResult, OnBlock, objective_kinds
@@ -63,8 +70,8 @@ def refresh_step(
     """theta_m + step delta, a parameter at a time; see the module for the equation.
 
     Arguments:
-        merged: theta_m. Parameters without a statistic stay as they are there, and are named in
-            the result's `uncovered`, unless they are `kept`. Buffers stay, too.
+        merged: theta_m. Parameters without a statistic of all tasks stay as they are there, and are
+            named in the result's `uncovered`, unless they are `kept`. Buffers stay, too.
         statistics: one a task, taken at `merged` (check_belongs of mats_lightning.sidecar says
             whether they are). With mix > 0 they need "gradient", and should be of the sampled
             Fisher: the empirical one vanishes with the gradient, and is no Hessian.
@@ -80,7 +87,7 @@ def refresh_step(
             differ between the blocks, so many rounds with mix > 0 do not come to rest at the
             minimum of one sum of losses: leave it out for that. A task without any curvature in
             a block has no part in it.
-        kept: regular expressions; parameters whose names have one of them stay as they are.
+        kept: regular expressions; parameters that have one of them in a name stay as they are.
         iterations: of CG, one number.
         objective, preconditioner, preconditioner_damping, off_diagonal, floor, weights, on_block:
             as in `mats`. `tolerance` is relative to the right-hand side.
@@ -90,7 +97,8 @@ def refresh_step(
     """
     check_range("mix", mix, highest=1)
     names, w = check_models([merged]), check_weights(weights, len(statistics))
-    thetas = _checked_thetas(merged, statistics, thetas, mix)
+    thetas = _checked_thetas(merged, statistics, thetas, w, mix)
+    statistics, w = counted(statistics, w), counted(w, w)
     lengths = {"damping": damping, "floor": floor, "radius": radius or 0.0}
     for option, value in {"step": step, **lengths}.items():
         check_range(option, value)
@@ -98,8 +106,11 @@ def refresh_step(
     check_range("off_diagonal", off_diagonal, highest=1)
     if iterations < 0:
         raise ValueError(f"iterations={iterations}: it cannot be negative")
-    kind_of = covering_statistics(names, objective_kinds(objective), statistics)
-    stay = names_with(kept, list(names), "kept")
+    kinds = objective_kinds(objective)
+    stay = parameters_with(kept, names, "kept", statistics)
+    kind_of = covering_statistics(names, kinds, statistics)
+    moving = [name for name in names if name not in stay] or names
+    check_covering(kind_of, moving, kinds, statistics, "kept")
     for name in stay:
         kind_of.pop(name, None)
     if mix > 0:
@@ -152,15 +163,19 @@ def refresh_step(
 
 
 def _checked_thetas(
-    merged: Weights, statistics: Sequence[Statistics], thetas: Sequence[Weights] | None, mix: float
+    merged: Weights,
+    statistics: Sequence[Statistics],
+    thetas: Sequence[Weights] | None,
+    weights: Sequence[float],
+    mix: float,
 ) -> Sequence[Weights]:
-    """The tasks' weights; none where they are not needed."""
+    """The weights of the tasks that count; none where they are not needed."""
     if mix == 1:
         return ()
     if thetas is None:
         raise ValueError(f"mix={mix} needs the tasks' own weights: pass thetas=..., or mix=1")
-    if len(thetas) != len(statistics):
-        raise ValueError(f"{len(statistics)} statistics for {len(thetas)} models: give one a model")
+    check_counts(statistics, thetas)
+    thetas = counted(thetas, weights)
     check_models(thetas, merged, label="the merged weights")
     if extra := [name for name in merged if name not in thetas[0]]:
         raise ValueError(

@@ -13,9 +13,11 @@ from mats_lightning.merging.curvatures import (
 from mats_lightning.merging.forms import beside, matrix_form
 from mats_lightning.merging.models import (
     Weights,
+    check_counts,
     check_models,
     check_range,
     check_weights,
+    counted,
     parameters,
     stored_dtype,
 )
@@ -50,7 +52,10 @@ def regmean(
     Raises ValueError for models or statistics that do not fit together, an off-diagonal scaling
     outside [0, 1], a negative damping, or a singular sum.
     """
-    names, w = check_models(thetas), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    check_counts(statistics, thetas)
+    thetas, statistics, w = counted(thetas, w), counted(statistics, w), counted(w, w)
+    names = check_models(thetas)
     check_range("off_diagonal", off_diagonal, highest=1)
     check_range("damping", damping)
     kind_of, folded = check_statistics(
@@ -72,9 +77,7 @@ def regmean(
             )
             form = matrix_form(name, kind_of[name], statistics[0], tensors[0].shape)
             b: Tensor | None = None
-            for c, tensor, theta, weight in zip(operators, tensors, thetas, w, strict=True):
-                if not weight:  # whatever it holds
-                    continue
+            for c, tensor, theta in zip(operators, tensors, thetas, strict=True):
                 block = form.of(tensor.double())  # one at a time: embeddings are large
                 if name in folded:
                     block = beside(block, theta[folded[name]])

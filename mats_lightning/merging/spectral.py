@@ -9,6 +9,7 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
+    counted,
     names_with,
     parameters,
     weighted_mean,
@@ -34,7 +35,9 @@ def merge_matrices(
     Raises ValueError for models that do not fit together, bad weights, NaN or inf, or an expression
     that no name has.
     """
-    names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    thetas, w = counted(thetas, w), counted(w, w)
+    names = check_models(thetas, pretrained)
     apart = names_with(averaged, names, "averaged")
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):
@@ -43,7 +46,7 @@ def merge_matrices(
         if not all(finite(tau) for tau in taus):
             raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
         if start.ndim == 2 and name not in apart:
-            tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True) if wi > 0])
+            tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True)])
         else:
             tau = weighted_mean(taus, w)
         merged[name] = start.add(tau.to(start), alpha=scale).to(dtype)

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mats_lightning.merging.models import Weights, check_models, check_weights, parameters
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    check_weights,
+    counted,
+    parameters,
+)
 
 
 def task_arithmetic(
@@ -18,13 +24,14 @@ def task_arithmetic(
 
     Raises ValueError for models that do not fit together or bad weights.
     """
-    names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    thetas, w = counted(thetas, w), counted(w, w)
+    names = check_models(thetas, pretrained)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):
         start = pretrained[name].detach().to(tensors[0])
         total = start.clone()
         for tensor, weight in zip(tensors, w, strict=True):
-            if weight:
-                total.add_(tensor - start, alpha=scale * weight)
+            total.add_(tensor - start, alpha=scale * weight)
         merged[name] = total.to(dtype)
     return merged

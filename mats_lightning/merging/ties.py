@@ -9,7 +9,9 @@ from mats_lightning.merging.models import (
     Weights,
     check_models,
     check_weights,
+    counted,
     merge_dtype,
+    of_batch_norm,
     parameters,
 )
 
@@ -24,14 +26,17 @@ def ties(
 ) -> dict[str, Tensor]:
     """theta_0 + scale tau, tau made of the task vectors tau_i = theta_i - theta_0 in three steps.
 
-    Trim: of each tau_i the share `density` of largest magnitude is kept, over the whole model.
+    Trim: of each tau_i the share `density` of largest magnitude is kept, over the whole model
+    (what batch normalisation keeps is no part of it, and merged by its counts).
     Elect: the sign of sum w_i tau_i. Merge: the mean of the tau_i that have this sign, weighted.
 
     Raises ValueError for models that do not fit together, bad weights or density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: the share that is kept lies in (0, 1]")
-    names, w = check_models(thetas, pretrained), check_weights(weights, len(thetas))
+    w = check_weights(weights, len(thetas))
+    thetas, w = counted(thetas, w), counted(w, w)
+    names = check_models(thetas, pretrained)
     thresholds = _thresholds(names, thetas, pretrained, density)
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):
@@ -59,8 +64,10 @@ def _thresholds(
     dtypes = {
         name: merge_dtype([theta[name] for theta in thetas])
         for name in names
-        if thetas[0][name].is_floating_point()
+        if thetas[0][name].is_floating_point() and not of_batch_norm(name, names)
     }
+    if not dtypes:
+        return [0.0] * len(thetas)
     thresholds = []
     for theta in thetas:
         magnitudes = torch.cat(

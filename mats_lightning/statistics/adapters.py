@@ -23,6 +23,9 @@ def adapter_rule(module: nn.Module, base: bool) -> Rule | str | None:
     that are no adapter layers.
     """
     kind = type(module)
+    of_lora = kind.__module__.startswith("peft.tuners.lora.")
+    if base and of_lora and hasattr(module, "base_layer") and kind.__name__ != "Linear":
+        return f"no A and G are taken below LoRA's {kind.__name__} ({kind.__module__})"
     if kind.__name__ != "Linear":
         return None
     if kind.__module__ == "peft.tuners.ia3.layer":

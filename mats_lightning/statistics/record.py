@@ -68,7 +68,8 @@ class Statistics:
     have an axis of these in front: (groups, d, d).
 
     `tensors` holds the raw sums under "<kind>/<name>"; it may be lazy (`load_statistics`).
-    Two records of the same model add with `+`: epochs, shards, ranks.
+    Two records of the same model add with `+`: epochs, shards, ranks. It raises ValueError for
+    those of different kinds, coverage, or weights.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -148,6 +149,15 @@ class Statistics:
                     " in the other; take both parts in the same way"
                 )
         of_inputs = tuple(f"{kind}/" for kind in OF_INPUTS)
+        digests = [s.info.get("digest", {}) for s in (self, other)]
+        for name in digests[0].keys() & digests[1].keys():
+            if digests[0][name] != digests[1][name]:
+                raise ValueError(
+                    f"these statistics belong to different weights: the digest of '{name}' is"
+                    f" {digests[0][name][:12]}... in one and {digests[1][name][:12]}... in the"
+                    " other; take both parts at the same weights, or add older.faded(1.0), which"
+                    " belongs to none"
+                )
         kinds = {key for key in self.tensors if not key.startswith(of_inputs)}
         theirs = {key for key in other.tensors if not key.startswith(of_inputs)}
         if different := sorted(kinds ^ theirs) or sorted(set(self.inputs) ^ set(other.inputs)):
@@ -180,6 +190,7 @@ class Statistics:
         """The same means of fewer examples, for a sum in which they shall count for less.
 
         Examples and positions are multiplied by `factor` and rounded; none are left of very few.
+        They belong to no weights any more: a sum belongs to those of its other part.
         """
         examples = round(self.examples * factor)
         if not examples:
@@ -192,7 +203,8 @@ class Statistics:
             if kind in OF_INPUTS and kind != REDUCED:
                 share = positions[name] / (self.group_positions[name] or 1)
             tensors[key] = self.tensors[key] * share
-        return Statistics(tensors, examples, positions, dict(self.inputs), dict(self.info))
+        info = {what: value for what, value in self.info.items() if what != "digest"}
+        return Statistics(tensors, examples, positions, dict(self.inputs), info)
 
     def prefixed(self, prefix: str) -> "Statistics":
         """With `prefix` before all names, for a model that became a part of another module."""

@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from mats_lightning.names import plain_name
-from mats_lightning.statistics.adapters import adapter_rule
+from mats_lightning.statistics.adapters import BASE, adapter_rule
 from mats_lightning.statistics.coverage import (
     Coverage,
     CoveredModule,
@@ -112,16 +112,21 @@ class _Walk:
         adapter = adapter_rule(module, self._adapted_weights)
         rule = adapter or self._rule(module)
         found = dict(module.named_parameters(recurse=False))
+        below = {}  # the frozen weight that an adapter layer without a rule sits on
         if isinstance(adapter, Rule):
             found |= {local: module.get_parameter(local) for local in adapter.parameters}
             if not adapter.trained:  # A and G are named after the module whose weight it is
                 name = f"{name}.{adapter.parameters[0].rpartition('.')[0]}"
+        elif adapter is not None:
+            weights = {local: p for local, p in module.named_parameters() if local == BASE}
+            below = {local: p for local, p in weights.items() if not p.requires_grad}
+            found |= below
         covered = CoveredModule(name, module, rule, {}) if isinstance(rule, Rule) else None
         for local, parameter in found.items():
             full = f"{prefix}{local}"
             if full in self._adapted:
                 continue
-            if isinstance(adapter, Rule):
+            if isinstance(adapter, Rule) or local in below:
                 self._adapted.add(full)
             elif not parameter.requires_grad:
                 continue

@@ -2,6 +2,7 @@
 
     merged weights -> each task's own head, fitted to what they give it
                    -> each task's statistics at them -> merging.refresh_step -> merged weights
+                   or training on all tasks' rows                            -> merged weights
 
 Where tasks lie far apart, heads that do not fit the merged weights, and curvature that was taken at
 each task's own, are what limits a merge. A refresh needs some hundred rows a task, of which labels
@@ -51,7 +52,8 @@ def refresh(
 
     With `plan.heads` the heads that tasks do not share are fitted to the merge first, and again to
     each step that is tried. Each round takes the statistics of every task's training rows at the
-    merged weights (in eval mode), takes the step, and validates. Validation decides by the average
+    merged weights (in eval mode), or trains them on these rows, takes the step, and validates.
+    Validation decides by the average
     of the tasks' primary metrics, higher being better: so no score on these rows is a fair one
     afterwards, and `module.scores` is empty until the next test.
 
@@ -72,8 +74,8 @@ def refresh(
     merged products of LoRA factors (lora_rank), unless plan.rounds is 0, several devices, a
     precision that converts modules, training loaders that rows cannot be picked from, no head to
     fit where heads are to be, no validation rows, a folder with another refresh, and what merging,
-    collecting and fitting raise. The module then has the weights after the last round, as it has
-    them when the refresh is interrupted.
+    collecting, training and fitting raise. The module then has the weights after the last round, as
+    it has them when the refresh is interrupted.
     """
     plan = plan or RefreshPlan()
     trainer = trainer or quiet_trainer()
@@ -208,15 +210,8 @@ class _Refresh:
 
     def _round(self, number: int, before: list[Round]) -> Round:
         """One round from `self.state`, which is then that after it, like `self.heads`."""
-        statistics = self.tasks.statistics(number, self.state, self.folder)
-        started = time.perf_counter()
-        result = self._step(statistics)
-        seconds = {
-            "statistics": sum(task.info["seconds"] for task in statistics),
-            "solve": time.perf_counter() - started,
-            "heads": 0.0,
-            "validation": 0.0,
-        }
+        result, seconds = self._trained() if self.plan.by == "training" else self._solved(number)
+        seconds |= {"heads": 0.0, "validation": 0.0}
         start, step, tried = self.state, self.plan.step, {}
         for _ in range(self.plan.tries):
             state = _between(start, result.state_dict, step / self.plan.step)
@@ -236,6 +231,22 @@ class _Refresh:
                 return Round(number, step, scores, tried, seconds, fitted)
             step /= 2
         return Round(number, 0.0, before[-1].scores, tried, seconds, before[-1].heads)
+
+    def _trained(self) -> tuple[MergeResult, dict[str, float]]:
+        """The state after a step, and the seconds."""
+        started = time.perf_counter()
+        state = self.tasks.trained(self.state)
+        return MergeResult(state), {"training": time.perf_counter() - started}
+
+    def _solved(self, number: int) -> tuple[MergeResult, dict[str, float]]:
+        """The same by solving."""
+        statistics = self.tasks.statistics(number, self.state, self.folder)
+        started = time.perf_counter()
+        result = self._step(statistics)
+        return result, {
+            "statistics": sum(task.info["seconds"] for task in statistics),
+            "solve": time.perf_counter() - started,
+        }
 
     def _step(self, statistics: list[Statistics]) -> MergeResult:
         plan, names = self.plan, list(self.state)

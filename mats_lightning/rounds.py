@@ -23,6 +23,7 @@ from mats_lightning.statistics.digest import digest
 
 State = dict[str, Tensor]
 LABELS = ("data", "teacher")
+WAYS = ("solving", "training")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class RefreshPlan:
     Arguments:
         rounds: steps of the shared parameters, at most; one that cannot be kept is the last. A
             folder may hold more: they stay there. 0 is for heads alone.
+        by: how a round finds its step: "solving" an equation, with curvature that is taken anew
+            (`merging.refresh_step`), or "training" on the rows, heads along with what is shared
+            (`joint_training.train_together`).
         heads: iterations to choose from, a task at a time on its validation rows, when its own head
             is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
             is tried. () leaves heads as they are.
@@ -40,19 +44,21 @@ class RefreshPlan:
             kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
             (0.01, say): the gradient of few rows has noise where they have no curvature.
         fisher: of the curvature: "empirical" or "sampled".
-        labels: that heads are fitted to, and of the gradient and the empirical Fisher: those of
-            the "data", or what the task's own model predicts ("teacher", which needs `logits_fn`;
-            see `distillation.soft_targets`).
+        epochs, learning_rate: of the training.
+        labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
+            those of the "data", or what the task's own model predicts ("teacher", which needs
+            `logits_fn`; see `distillation.soft_targets`).
         decay: what the sums of the rounds before count beside a round's own: averages the
             curvature, not the gradient.
         tries: steps that a round tries, each half of the one before, until validation is no worse
             than before the round. After the last the round is taken back.
-        seed: of the choice of rows, and of drawn labels.
+        seed: of the choice of rows, of drawn labels and of the training's order.
 
     Raises ValueError for values out of range.
     """
 
     rounds: int = 0
+    by: Literal["solving", "training"] = "solving"
     heads: tuple[int, ...] = ITERATIONS
     rows: int = 500
     mix: float = 0.0
@@ -65,14 +71,16 @@ class RefreshPlan:
     objective: str = "kfac"
     kept: tuple[str, ...] = ()
     fisher: Fisher = "empirical"
+    epochs: int = 2
+    learning_rate: float = 2e-5
     labels: Literal["data", "teacher"] = "data"
     decay: float = 0.0
     tries: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("rounds", 0), ("rows", 1), ("iterations", 1), ("tries", 1)):
-            if getattr(self, name) < lowest:
+        for name in ("rounds", "rows", "iterations", "tries", "epochs"):
+            if getattr(self, name) < (lowest := int(name != "rounds")):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
         if not self.rounds and not self.heads:
             raise ValueError("rounds=0 and heads=(): there is nothing to do")
@@ -81,11 +89,12 @@ class RefreshPlan:
         for name in ("mix", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
-        if not 0 < self.step < float("inf"):
-            raise ValueError(f"step={self.step}; it must be a positive number")
+        for name in ("step", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}; it must be a positive number")
         for name in ("damping", "preconditioner_damping", "radius"):
             check_range(name, getattr(self, name) or 0.0)
-        for name, known in (("fisher", FISHERS), ("labels", LABELS)):
+        for name, known in (("by", WAYS), ("fisher", FISHERS), ("labels", LABELS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
         if "identity" in objective_kinds(self.objective):
@@ -105,7 +114,8 @@ class Round:
     step: float  # that was taken; 0 where every one that was tried made validation worse
     scores: dict[str, float]  # task -> primary metric on validation, after the round
     tried: dict[str, float]  # step -> average on validation; "0" is the merge with its own heads
-    seconds: dict[str, float] = field(default_factory=dict)  # statistics, solve, heads, validation
+    # statistics, solve (or training), heads, validation
+    seconds: dict[str, float] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)  # task -> iterations, where one was fitted
 
     @property

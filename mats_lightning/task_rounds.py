@@ -14,6 +14,7 @@ from torch import nn
 from mats_lightning.batches import first_rows, rows_to_pick
 from mats_lightning.distillation import soft_targets
 from mats_lightning.heads import fit_head
+from mats_lightning.joint_training import train_together
 from mats_lightning.measuring import statistics_at
 from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
@@ -78,6 +79,26 @@ class TaskRounds:
             fitted[name] = found.iterations
             heads[name] = {n: state[n].detach().clone() for n in own[name]}
         return fitted, heads
+
+    def trained(self, state: State) -> State:
+        """The shared parameters after training from here, heads along where the plan fits them."""
+        tasks = self.module.tasks
+        loss_fns: dict[str, LossFn | None] = dict.fromkeys(tasks)
+        if self.plan.labels == "teacher":
+            loss_fns = {name: self._teacher(task)[0] for name, task in tasks.items()}
+        return train_together(
+            {name: task.module for name, task in tasks.items()},
+            state,
+            {name: self._batches(task) for name, task in tasks.items()},
+            heads=self.module.own_heads() if self.plan.heads else {},
+            loss_fns=loss_fns,
+            weights=self.module.task_weights,
+            epochs=self.plan.epochs,
+            learning_rate=self.plan.learning_rate,
+            device=self.device,
+            seed=self.plan.seed,
+            progress=self.progress,
+        )
 
     def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
         """Of all tasks at these weights, for this round: those in the folder, or taken now."""

@@ -1,0 +1,140 @@
+"""Training of what tasks share, on their batches in turn: the other way of a refresh to step."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from mats_lightning.names import plain_name
+from mats_lightning.passes import LossFn, evaluating, loss_of, to_device
+
+WARM_UP = 0.1  # of all steps
+HALF = (torch.float16, torch.bfloat16)
+
+
+def train_together(
+    modules: Mapping[str, nn.Module],
+    shared: Mapping[str, Tensor],
+    batches: Mapping[str, Iterable[Any]],
+    *,
+    heads: Mapping[str, Collection[str]],
+    loss_fns: Mapping[str, LossFn | None],
+    weights: Mapping[str, float],
+    epochs: int,
+    learning_rate: float,
+    device: torch.device,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """The shared parameters, trained for all tasks, and all heads with them.
+
+    AdamW without weight decay; the learning rate rises over the first tenth of the steps and falls
+    to 0 over the others. Each step is a batch of one task, in a random order over all batches of an
+    epoch, which come in the same order in each. The modules run in eval mode, and are afterwards
+    what they were before.
+
+    Arguments:
+        modules: task -> its module, which holds the shared parameters under their names.
+        shared: name -> where its training starts. What is no parameter that trains stays.
+        batches: task -> its rows; a loader that does not shuffle, or any iterable.
+        heads: task -> names of its own parameters that train along; their result is dropped.
+        loss_fns: task -> (module, batch) -> loss; None for the module's own.
+        weights: task -> what its loss is multiplied by, beside their mean.
+        device: where it is done; the modules may be elsewhere.
+
+    Raises ValueError for tasks without a batch, 16-bit parameters, in which small steps are lost,
+    and a loss that is not finite.
+    """
+    if half := [name for name, tensor in shared.items() if tensor.dtype in HALF]:
+        raise ValueError(
+            f"'{half[0]}' is in {shared[half[0]].dtype}, in which small steps are lost: convert the"
+            " tasks' modules with module.float() to train them"
+        )
+    sized = {task: b if isinstance(b, Sized) else list(b) for task, b in batches.items()}
+    if empty := [task for task, own in sized.items() if not len(own)]:
+        raise ValueError(f"no rows to train on: the batches of task '{empty[0]}' are empty")
+    trained = {name for m in modules.values() for name, p in _parameters(m) if p.requires_grad}
+    start = {
+        name: shared[name].detach().to(device, copy=True) for name in shared if name in trained
+    }
+    with ExitStack() as stack:
+        own: dict[str, dict[str, nn.Parameter]] = {}
+        for task, module in modules.items():
+            own[task] = stack.enter_context(_training(module, start, heads.get(task, ()), device))
+        parameters = {f"/{name}": nn.Parameter(tensor) for name, tensor in start.items()}
+        parameters |= {
+            f"{task}/{name}": p
+            for task in own
+            for name, p in own[task].items()
+            if name not in start
+        }
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        steps = epochs * sum(map(len, sized.values()))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _share(n, steps))
+        mean = sum(weights[task] for task in modules) / len(modules)
+        order = _order(sized, epochs, seed)
+        for index, (task, batch) in enumerate(
+            track(order, "training together", total=steps, disable=not progress, transient=True)
+        ):
+            module, values = modules[task], own[task]
+            loss = loss_of(module, to_device(module, batch, device), index, loss_fns[task])
+            found = torch.autograd.grad(
+                loss * (weights[task] / mean), list(values.values()), allow_unused=True
+            )
+            for name, gradient in zip(values, found, strict=True):
+                key = f"/{name}" if name in start else f"{task}/{name}"
+                parameters[key].grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return {**shared, **{name: tensor.to(shared[name].device) for name, tensor in start.items()}}
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((plain_name(name), p) for name, p in module.named_parameters())
+
+
+@contextmanager
+def _training(
+    module: nn.Module, shared: Mapping[str, Tensor], head: Collection[str], device: torch.device
+) -> Iterator[dict[str, nn.Parameter]]:
+    """The module on the shared tensors, in eval mode; name -> its parameters that train."""
+    parameters = dict(_parameters(module))
+    before = {name: (p.data, p.requires_grad) for name, p in parameters.items()}
+    buffers = {name: buffer.device for name, buffer in module.named_buffers()}
+    for name, parameter in parameters.items():
+        at_home = name in shared
+        parameter.data = shared[name] if at_home else parameter.data.to(device, copy=True)
+        parameter.requires_grad_(parameter.requires_grad and (at_home or name in head))
+    module.to(device)  # buffers
+    try:
+        with evaluating(module), torch.enable_grad():
+            yield {name: p for name, p in parameters.items() if p.requires_grad}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data, required = before[name]
+            parameter.requires_grad_(required)
+        for name, home in buffers.items():
+            path, _, local = name.rpartition(".")
+            owner = module.get_submodule(path)
+            setattr(owner, local, getattr(owner, local).to(home))
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate."""
+    done = (step + 1) / steps
+    return min(done / WARM_UP, max(0.0, 1 - step / steps))
+
+
+def _order(batches: Mapping[str, Sized], epochs: int, seed: int) -> Iterator[tuple[str, Any]]:
+    """All batches of each epoch, each once, tasks in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    tasks: Sequence[str] = list(batches)
+    owners = torch.repeat_interleave(torch.tensor([len(batches[task]) for task in tasks]))
+    for _ in range(epochs):
+        loaders = {task: iter(batches[task]) for task in tasks}  # type: ignore[call-overload]
+        for number in owners[torch.randperm(len(owners), generator=generator)].tolist():
+            yield tasks[number], next(loaders[tasks[number]])

@@ -1,0 +1,225 @@
+"""Training of what tasks share: against a model that really shares it, and what it leaves alone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_module import SHARED, Suite, make_trainer, rows, suite
+from test_refresh import assert_same, differ, logits_of, merged, refreshed, taking
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mats_lightning import RefreshPlan, refresh
+from mats_lightning.joint_training import train_together
+
+__all__ = ["suite"]  # a fixture
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+D = 4
+Rows = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5))
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+CLASSES = {"a": 3, "b": 2}
+HEAD = ("head.weight", "head.bias")
+
+
+def nets() -> dict[str, Net]:
+    torch.manual_seed(0)
+    return {task: Net(classes).double() for task, classes in CLASSES.items()}
+
+
+def data() -> dict[str, list[Rows]]:
+    draw = torch.Generator().manual_seed(1)
+    sizes = {"a": (6, 6, 2), "b": (5, 3)}
+    return {
+        task: [
+            (
+                torch.randn(n, D, generator=draw, dtype=torch.float64),
+                torch.randint(CLASSES[task], (n,), generator=draw),
+            )
+            for n in sizes[task]
+        ]
+        for task in CLASSES
+    }
+
+
+def start_of(net: Net) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in net.body.state_dict(prefix="body.").items()}
+
+
+def train(modules: dict[str, Net], **options: Any) -> tuple[dict[str, Tensor], list[Any]]:
+    """The result, and which batch of which task came when."""
+    came: list[Any] = []
+
+    def losses(task: str) -> Callable[[nn.Module, Any], Tensor]:
+        def loss(module: nn.Module, batch: Rows) -> Tensor:
+            came.append((task, batch))
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+        return loss
+
+    defaults: dict[str, Any] = {
+        "shared": start_of(modules["a"]),
+        "batches": data(),
+        "heads": dict.fromkeys(modules, HEAD),
+        "loss_fns": {task: losses(task) for task in modules},
+        "weights": dict.fromkeys(modules, 1.0),
+        "epochs": 3,
+        "learning_rate": 0.05,
+        "device": torch.device("cpu"),
+        "progress": False,
+    }
+    return train_together(modules, **(defaults | options)), came
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}])
+@pytest.mark.parametrize("heads", [True, False])
+def test_it_is_the_training_of_one_model_with_two_heads(
+    heads: bool, weights: dict[str, float]
+) -> None:
+    modules = nets()
+    chosen: dict[str, Any] = {"heads": dict.fromkeys(modules, HEAD if heads else ())}
+    found, came = train(modules, weights=weights, **chosen)
+
+    body = copy.deepcopy(modules["a"].body).eval()
+    own = {task: copy.deepcopy(net.head).requires_grad_(heads) for task, net in modules.items()}
+    parameters = [*body.parameters(), *(p for head in own.values() for p in head.parameters())]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for step, (task, (x, y)) in enumerate(came):
+        share = min((step + 1) / len(came) * 10, 1 - step / len(came))
+        optimizer.param_groups[0]["lr"] = 0.05 * share
+        weight = weights[task] * 2 / sum(weights.values())
+        (F.cross_entropy(own[task](body(x)), y) * weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in body.state_dict(prefix="body.").items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-12)
+    assert list(found) == list(start_of(modules["a"]))
+
+
+def test_each_batch_comes_once_an_epoch_in_an_order_of_the_seeds() -> None:
+    orders = []
+    for seed in (0, 0, 1):
+        _, came = train(nets(), seed=seed)
+        tasks = [task for task, _ in came]
+        for epoch in range(3):
+            assert sorted(tasks[epoch * 5 : epoch * 5 + 5]) == ["a", "a", "a", "b", "b"]
+        sizes = [len(y) for task, (_, y) in came if task == "a"]
+        assert sizes == [6, 6, 2] * 3
+        orders.append(tasks)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_modules_are_afterwards_what_they_were() -> None:
+    modules = nets()
+    modules["b"].body[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    before = {task: copy.deepcopy(net) for task, net in modules.items()}
+    tensors = {task: list(net.parameters()) for task, net in modules.items()}
+    found, _ = train(modules)
+    for task, net in modules.items():
+        assert_same(dict(net.state_dict()), dict(before[task].state_dict()))
+        assert all(p is q for p, q in zip(net.parameters(), tensors[task], strict=True))
+        assert all(p.grad is None for p in net.parameters()) and net.training
+        flags = [p.requires_grad for p in net.parameters()]
+        assert flags == [p.requires_grad for p in before[task].parameters()]
+    start = start_of(before["a"])
+    assert differ(found, start)
+    buffers = [name for name in start if "running" in name or "num_batches" in name]
+    assert len(buffers) == 3 and all(torch.equal(found[name], start[name]) for name in buffers)
+
+
+def test_they_are_so_after_an_error_too() -> None:
+    modules = nets()
+    before = {task: copy.deepcopy(net) for task, net in modules.items()}
+    rows = data()
+    rows["b"][1] = (rows["b"][1][0] * float("nan"), rows["b"][1][1])
+    with pytest.raises(ValueError, match="the loss of batch"):
+        train(modules, batches=rows)
+    for task, net in modules.items():
+        assert_same(dict(net.state_dict()), dict(before[task].state_dict()))
+        assert net.training and all(p.requires_grad for p in net.parameters())
+
+
+def test_what_is_frozen_in_all_modules_stays() -> None:
+    modules = nets()
+    for net in modules.values():
+        net.body[0].requires_grad_(False)
+    found, _ = train(modules)
+    start = start_of(modules["a"])
+    assert torch.equal(found["body.0.weight"], start["body.0.weight"])
+    assert not torch.equal(found["body.1.weight"], start["body.1.weight"])
+
+
+def test_what_cannot_be_trained_is_said() -> None:
+    with pytest.raises(ValueError, match="batches of task 'b' are empty"):
+        train(nets(), batches=data() | {"b": iter([])})
+    modules = nets()
+    half = {n: t.bfloat16() for n, t in start_of(modules["a"]).items()}
+    with pytest.raises(ValueError, match=r"'body\.0\.weight' is in torch.bfloat16, .* \.float\(\)"):
+        train(modules, shared=half)
+
+
+# -- as a round of a refresh -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["data", "teacher"])
+def test_a_round_by_training(suite: Suite, labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = merged(suite, weights={"log": 1.0, "dict": 2.0, "extra": 1.0})
+    module.merge()
+    start = module.shared_state()
+    taking(monkeypatch, 0.5, 0.6)
+    options: dict[str, Any] = {"labels": labels, "epochs": 3, "learning_rate": 0.01, "rows": 20}
+    (_, done) = refreshed(module, by="training", logits_fn=logits_of, **options)
+    found = module.shared_state()
+    assert list(found) == list(SHARED) and differ(found, start)
+    assert set(done.seconds) == {"training", "heads", "validation"}
+    assert done.taken and module.refreshed["by"] == "training"
+
+
+def test_training_brings_the_loss_down_and_half_of_it_is_tried(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(module: Any) -> float:
+        total = 0.0
+        for task in module.tasks:
+            x, y = rows(task, "train").tensors
+            with torch.no_grad():
+                total += float(F.cross_entropy(module.model(task)(x), y))
+        return total
+
+    module = merged(suite)
+    module.merge()
+    before, start = loss(module), module.shared_state()
+    seen = taking(monkeypatch, 0.5, 0.4, 0.6)
+    options: dict[str, Any] = {"epochs": 5, "learning_rate": 0.01, "rows": 48}
+    rounds = refreshed(module, by="training", **options)
+    assert rounds[1].step == 0.5
+    assert loss(module) < before
+    moved = [after["body.0.weight"] - start["body.0.weight"] for after in seen[1:]]
+    torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:
+    module = merged(suite)
+    plan = RefreshPlan(rounds=1, by="training", epochs=3, learning_rate=0.01, rows=48)
+    rounds = refresh(module, plan, trainer=make_trainer(), progress=False)
+    assert set(rounds[1].heads) == set(module.tasks)
+    assert rounds[1].average >= rounds[0].average

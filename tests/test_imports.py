@@ -124,10 +124,12 @@ ALLOWED: dict[str, set[str]] = {
         "sidecar",
         "statistics",
     },
+    "joint_training": {"names", "passes"},
     "task_rounds": {
         "batches",
         "distillation",
         "heads",
+        "joint_training",
         "measuring",
         "module",
         "names",

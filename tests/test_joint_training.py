@@ -169,7 +169,7 @@ def test_what_is_frozen_in_all_modules_stays() -> None:
 
 
 def test_what_cannot_be_trained_is_said() -> None:
-    with pytest.raises(ValueError, match="the batches of task .b. are empty"):
+    with pytest.raises(ValueError, match=r"the batches of task .b. are empty"):
         train(nets(), batches=data() | {"b": iter([])})
     modules = nets()
     half = {n: t.bfloat16() for n, t in start_of(modules["a"]).items()}

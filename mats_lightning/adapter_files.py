@@ -48,21 +48,25 @@ def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "IA3"):
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ValueError(f"{path} is of an adapter of kind {kind}: LORA and IA3 are read")
-    if config.get("bias") == "all" and config.get("modules_to_save"):
-        raise ValueError(
-            f"{path} has bias='all' beside modules_to_save={config['modules_to_save']}, whose"
-            " biases peft's file holds under several names: fold the adapter into its model"
-            " (merge_and_unload) and merge the models, or train with bias='lora_only' or 'none'"
-        )
     return config
 
 
-def names_in_model(config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Name in the file -> name in a PeftModel: peft leaves the adapter's own name out there."""
+def names_in_model(config: Mapping[str, Any], source: Path) -> Callable[[str], str]:
+    """Name in the file -> name in a PeftModel: peft leaves the adapter's own name out there.
+
+    It raises ValueError for what peft saves under several names.
+    """
     saved = config.get("modules_to_save") or []
 
     def name(key: str) -> str:
         parts = plain_name(key).split(".")
+        if odd := {"modules_to_save", "original_module"} & set(parts):
+            raise ValueError(
+                f"{source} holds '{key}', with {odd.pop()} in its name: with bias='all' peft saves"
+                " the biases of modules_to_save under several names. Fold the adapter into its"
+                " model (merge_and_unload) and merge the models, or train with bias='lora_only' or"
+                " 'none'"
+            )
         for i, part in enumerate(parts, start=1):
             if part == DORA:
                 return ".".join([*parts[:i], ADAPTER_NAME, "weight"])

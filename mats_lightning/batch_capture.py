@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -184,6 +185,8 @@ class BatchCapture:
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
                 " counted"
             )
+        for told in capture.told():
+            rank_zero_warn(f"MaTSStatsCallback leaves statistics out. {told}")
         examples = capture.statistics.examples - before
         if (sampling := self._options.sampling) is not None:
             examples //= sampling.draws  # rows

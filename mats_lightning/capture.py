@@ -136,6 +136,13 @@ class Capture:
                 del self._unchecked[name]
         return True
 
+    def told(self) -> list[str]:
+        """What the batches since it was last asked for have shown to be not exact: it is left out.
+
+        "<parameters>: <why>", for people.
+        """
+        return self._sums.told()
+
     def add_gradients(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         """Add `scale` times autograd's own gradients, by parameter, to the sums "gradient"."""
         with torch.no_grad():

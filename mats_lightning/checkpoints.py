@@ -59,7 +59,7 @@ def load_weights(path: str | os.PathLike[str], prefix: str = "") -> Mapping[str,
     path = Path(path)
     if is_adapter(path):
         folder = path if path.is_dir() else path.parent
-        rename = names_in_model(adapter_config(folder))
+        rename = names_in_model(adapter_config(folder), path)
         return SafetensorsWeights([folder / ADAPTER], prefix, path, rename)
     if path.is_dir():
         files = _model_files(path)

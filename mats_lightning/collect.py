@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -152,6 +153,8 @@ def collect_statistics(
                     counted = capture.finish()
             if GRADIENT in kinds:
                 capture.add_gradients(_named(trainable, gradients), scale)
+            for told in capture.told():
+                rank_zero_warn(f"collect_statistics leaves statistics out. {told}")
             if not counted:
                 raise ValueError(
                     f"no gradient came to a covered layer of {type(model).__name__} in batch"

@@ -15,6 +15,12 @@ from mats_lightning.merging.models import check_range, check_weights, counted
 from mats_lightning.operators import Gram, KroneckerFactored
 from mats_lightning.statistics import Statistics
 
+MOST_DAMPING = 1e-2  # that is tried for singular factors
+
+
+class NotPositiveDefinite(ValueError):
+    """A matrix that a norm is to be made of."""
+
 
 def refactor(
     deltas: Mapping[str, Tensor],
@@ -31,8 +37,8 @@ def refactor(
     |G^1/2 (D - D') C^1/2|, where C = sum w_i A_i / mean(A_i) + damping of the layer's K-FAC
     factors A_i, each divided by its mean eigenvalue, and G alike (the identity where there is a
     Gram matrix alone). It is exact (Eckart and Young for G^1/2 D C^1/2); the damping, times the
-    mean eigenvalue, makes singular factors invertible. Without statistics it is the truncated
-    SVD of D.
+    mean eigenvalue, makes singular factors invertible, and is raised tenfold, to 1e-2 at most,
+    where it does not. Without statistics it is the truncated SVD of D.
 
     `like` gives the configuration but for the rank (so with the rank of `like` the same modules
     load the result), and the head: see `Lora.with_head`. Layers with fewer dimensions than `rank`
@@ -78,7 +84,7 @@ def refactor(
             c, g = None, None
             if statistics:
                 c, g = _norm(name, kinds[name], statistics, w, delta.double(), like.transposed)
-            b, a, lost[layer] = low_rank(matrix, rank, _damped(c, damping), _damped(g, damping))
+            b, a, lost[layer] = _damped_low_rank(matrix, rank, c, g, damping)
         except ValueError as error:
             raise ValueError(f"refactoring '{layer}': {error}") from error
         factors |= {layer + A: (a / root).to(delta.dtype), layer + B: (b / root).to(delta.dtype)}
@@ -108,6 +114,19 @@ def low_rank(
         b, a = F.pad(b, (0, missing)), F.pad(a, (0, 0, 0, missing))
     total = float(s.norm())
     return b, a, float(s[rank:].norm()) / total if total else 0.0
+
+
+def _damped_low_rank(
+    matrix: Tensor, rank: int, c: Tensor | None, g: Tensor | None, damping: float
+) -> tuple[Tensor, Tensor, float]:
+    """With as much damping as makes the factors positive definite; none stays none."""
+    while True:
+        try:
+            return low_rank(matrix, rank, _damped(c, damping), _damped(g, damping))
+        except NotPositiveDefinite:
+            if not 0 < damping < MOST_DAMPING:
+                raise
+            damping = min(10 * damping, MOST_DAMPING)
 
 
 def _kind(name: str, statistics: Sequence[Statistics]) -> str:
@@ -165,7 +184,7 @@ def _cholesky(matrix: Tensor | None) -> Tensor | None:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info):
-        raise ValueError(
+        raise NotPositiveDefinite(
             f"a {tuple(matrix.shape)} factor is not positive definite: raise the damping"
         )
     return factor

@@ -73,14 +73,25 @@ class Method:
                 f"{self.name} has no option '{unknown[0]}'; it has"
                 f" {', '.join(sorted(own)) or 'none'}"
             )
+        if missing := sorted(self._required - set(self.options)):
+            raise ValueError(f"{self.name} needs the option '{missing[0]}'")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale}: a finite number is needed")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank}: an adapter has 1 at least")
 
     @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(METHODS[self.name]).parameters if self.merges else {}
+
+    @property
     def _arguments(self) -> set[str]:
-        return set(inspect.signature(METHODS[self.name]).parameters) if self.merges else set()
+        return set(self._parameters)
+
+    @property
+    def _required(self) -> set[str]:
+        given = {name for name, p in self._parameters.items() if p.default is not p.empty}
+        return self._arguments - given - OURS
 
     @property
     def merges(self) -> bool:

@@ -12,7 +12,7 @@ from merge_options import MethodOptions
 from mats_lightning.lora import BASE
 from mats_lightning.merging.models import names_with
 from mats_lightning.merging.results import objective_kinds
-from mats_lightning.methods import REFERENCES, STATISTICS
+from mats_lightning.methods import REFERENCES, STATISTICS, Method
 from mats_lightning.report import Row
 
 INDIVIDUAL = {"individual": MethodOptions("individual")}  # the line above all others
@@ -105,13 +105,18 @@ def check_fit(
     `kinds` are the statistics that are taken; None: all. Products of LoRA's factors have the names
     of the weights that they are added to.
 
-    Raises ValueError for an expression in `averaged` that no name has, for a method whose
-    statistics are not taken, and for `lora_rank` without factors.
+    Raises ValueError for methods and options that do not exist, for options that are missing, for
+    an expression in `averaged` that no name has, for a method whose statistics are not taken, and
+    for `lora_rank` without factors.
     """
     factor = ".lora_A."
     products = [f"{name.partition(factor)[0]}{BASE}" for name in names if factor in name]
     for label, method in methods.items():
         for merge in merges_of(method):
+            try:
+                Method.of(merge.method, merge.options)
+            except ValueError as error:
+                raise ValueError(f"methods: {label!r}: {error}") from error
             needed: Sequence[str] = STATISTICS.get(method.method, ())
             if method.method == "mats":
                 needed = objective_kinds(merge.options.get("objective", "kfac"))

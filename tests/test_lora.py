@@ -34,7 +34,7 @@ from mats_lightning import (
 )
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.lora import Lora, load_lora, lora_products, save_lora
-from mats_lightning.low_rank import low_rank, refactor
+from mats_lightning.low_rank import _damped_low_rank, low_rank, refactor
 from mats_lightning.sidecar import save_statistics, sidecar_path
 
 State = Mapping[str, Tensor]
@@ -654,6 +654,22 @@ def test_adapters_on_different_layers_are_refused(tmp_path: Path) -> None:
         lora_products([adapters[0], turned])
     with pytest.raises(ValueError, match="adapter 0 holds no LoRA factors"):
         lora_products([replace(adapters[0], weights=adapters[0].head)])
+
+
+def test_factors_that_rounding_made_indefinite_are_damped_more() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(3, 3, dtype=torch.float64)
+    c = torch.diag(torch.tensor([3.0, 0.0, -1.2e-5], dtype=torch.float64))  # of mean 1
+    g = torch.eye(3, dtype=torch.float64)
+    damped = [c + damping * c.diagonal().mean() * g for damping in (1e-5, 1e-4)]
+    found = _damped_low_rank(matrix, 2, c, None, 1e-6)
+    wanted = low_rank(matrix, 2, damped[1])  # a tenth of it is not enough
+    for x, y in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(x, y)
+    with pytest.raises(ValueError, match="not positive definite"):
+        low_rank(matrix, 2, damped[0])
+    with pytest.raises(ValueError, match="not positive definite"):
+        _damped_low_rank(matrix, 2, c - g, None, 1e-6)
 
 
 def test_what_refactor_refuses(tmp_path: Path) -> None:

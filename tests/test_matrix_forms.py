@@ -406,7 +406,7 @@ def test_running_statistics_have_no_share_in_the_density_of_ties() -> None:
     thetas = [{"w": torch.arange(1.0, 11.0)}, {"w": torch.arange(2.0, 12.0)}]
     expected = ties(thetas, start, 0.3, 1.0)["w"]
     assert int((expected != 0).sum()) == 3
-    far = [theta | {n: 1 + 9 * t for n, t in running(0, 5).items()} for theta in thetas]
+    far = [theta | {n: 1000 + t for n, t in running(0, 5).items()} for theta in thetas]
     found = ties(far, start | running(0, 1), 0.3, 1.0)
     assert torch.equal(found["w"], expected)
     only = [running(seed, 2) for seed in (0, 1)]

@@ -994,6 +994,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "individual has no option 'scale'; it has none",
     ),
     "ours": ({"options": {"statistics": []}}, "mats has no option 'statistics'"),
+    "missing": ({"method": "ties", "options": {"density": 0.2}}, "ties needs the option 'scale'"),
     "pretrained": (
         {"method": "ties", "options": {"density": 0.2, "scale": 1.0}},
         "'ties' .* needs the model that the tasks started from: pass pretrained=",

@@ -11,6 +11,7 @@ from test_capture import capture_batch, captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mats_lightning import collect_statistics
 from mats_lightning.batches import Masks
 from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
@@ -277,3 +278,15 @@ def test_layers_that_read_one_tensor_have_masks_of_their_own() -> None:
     for name, rows in (("left", x[mask]), ("right", x[first])):
         torch.testing.assert_close(found.gram[name], rows.T @ rows / len(rows))
     assert found.inputs["left"] == found.inputs["head"] != found.inputs["right"]
+
+
+def test_what_is_left_out_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    model = Added().double()
+    nn.init.ones_(model.up.weight)
+    batches = vectors()
+    collect_statistics(
+        model, batches, loss_fn=lambda model, batch: model(batch).mean(), progress=False
+    )
+    said = [str(w.message) for w in recwarn if "leaves statistics out" in str(w.message)]
+    reason = "the model uses it without calling its layer, too"
+    assert said == [f"collect_statistics leaves statistics out. up.weight, down.weight: {reason}"]

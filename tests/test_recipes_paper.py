@@ -19,7 +19,8 @@ import train_tasks
 import yaml
 from bench import Opened
 from cells import Cell, Cells, Merge
-from compare import merges_of
+from compare import check_fit, merges_of
+from merge_options import MethodOptions
 from paper_lines import AblationTable, StartTable
 from paper_records import Record, merge_seconds
 from paper_seeds import Seed, Suite
@@ -679,3 +680,18 @@ def test_fast_runs_on_the_packaged_tasks(name: str) -> None:
     assert found and all(record.cell is not None for record in found)
     folder = Path(read_setting(name, fast=True)[1].options["output_dir"])
     assert folder.name.endswith("-fast") and (folder / "results" / f"{name}.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"method": "kfac"}, "methods: 'mine': no method is called 'kfac'; choose from average"),
+        ({"method": "fisher", "options": {"scales": 2}}, "'mine': fisher has no option 'scales'"),
+        ({"method": "ties", "grid": {"scale": [1.0]}}, "'mine': ties needs the option 'density'"),
+    ],
+)
+def test_methods_are_checked_before_anything_is_trained(
+    method: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_fit({"mine": MethodOptions(**method)}, ["body.weight"], None)

@@ -434,3 +434,11 @@ def test_what_no_gradient_reached_is_named() -> None:
     named = {name for name, row in rows.items() if row["reason"] == reason}
     assert named == {"extra.weight", "extra.bias", "spare.weight", "spare.bias"}
     assert not found.diagonal_fisher["extra.weight"].any() and "extra" not in found.kfac
+
+
+def test_a_record_shows_itself_in_a_line() -> None:
+    found, _ = captured(MLP().double(), vectors())
+    assert repr(found) == (
+        "Statistics(10 examples; diagonal_fisher of 4, gram of 2, kfac of 2, block_fisher of 2)"
+    )
+    assert repr(Statistics()) == "Statistics(0 examples; nothing)"

@@ -49,7 +49,7 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Statistics:
     """Curvature statistics of one model on one task (MaTS, arXiv 2312.04339, section 3).
 
@@ -81,6 +81,13 @@ class Statistics:
     inputs: dict[str, str] = field(default_factory=dict)
     # how they were taken: loss, Fisher kind, epochs, coverage, digest of the weights, versions
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Counts, and of how many parameters and modules there is what."""
+        kinds = (*KINDS, GRADIENT)
+        found = {kind: len(getattr(self, kind)) for kind in kinds}
+        of = ", ".join(f"{kind} of {count}" for kind, count in found.items() if count)
+        return f"Statistics({self.examples} examples; {of or 'nothing'})"
 
     def _named(self, kind: str) -> list[str]:
         if not self.examples:

@@ -42,6 +42,7 @@ class Sums:
         self.coverage = coverage
         self.statistics = statistics
         self._tensors = statistics.tensors
+        self._dropped: dict[str, list[str]] = {}  # reason -> parameters, that nobody was told of
         coverage.allocate(statistics)
 
     def rows(self, module: str) -> list[str]:
@@ -53,7 +54,14 @@ class Sums:
         for row in (self.coverage.rows[parameter] for parameter in parameters):
             if set(kinds) & set(row.statistics):
                 row.drop(kinds, reason)
+                self._dropped.setdefault(reason, []).append(row.name)
         self.coverage.remove_dropped(self.statistics)
+
+    def told(self) -> list[str]:
+        """What has been dropped since it was last asked for, and why."""
+        told = [f"{', '.join(names)}: {reason}" for reason, names in self._dropped.items()]
+        self._dropped.clear()
+        return told
 
     def zeros(self, parameter: str, device: torch.device) -> Tensor:
         """In the parameter's shape and the dtype of its sums."""

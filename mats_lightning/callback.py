@@ -57,6 +57,10 @@ class MaTSStatsCallback(Callback):
     the end is not known beforehand (early stopping, `max_steps`, `max_time`) or a checkpoint is
     chosen by a monitored value, every epoch is captured and the last ones are kept.
 
+    Layers that are unfrozen within the fit (by Lightning's BackboneFinetuning, say) are captured
+    from there on, and what was captured before is left out. After the fit a sidecar is written for
+    the weights that it ended with alone.
+
     The loss is a sum or mean of its examples' own losses, and the first axis of what a layer is
     given is the examples'. Where the callback sees that a layer's statistics would be wrong, it
     leaves them out and the sidecar's coverage says why.

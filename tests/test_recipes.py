@@ -412,9 +412,16 @@ def test_results_are_there_before_an_export_that_is_refused(tmp_path: Path, bert
             {"adapter": "ia3"},
             "lora_rank is for",
         ),
-        ({"method": "iso_c", "options": {"averaged": "embeddings"}}, {"adapter": "ia3"}, "'embed"),
         (
-            {"method": "average", "grid": {"lora_rank": [2], "averaged": [["lora_A"]]}},
+            {"method": "iso_c", "options": {"averaged": "embeddings", "scale": 1.0}},
+            {"adapter": "ia3"},
+            "'embed",
+        ),
+        (
+            {
+                "method": "mats",
+                "grid": {"lora_rank": [2], "averaged": [["lora_A"]], "iterations": [1]},
+            },
             {"adapter": "lora"},
             "'lora_A'",
         ),

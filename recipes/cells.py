@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -114,6 +115,10 @@ class Cells:
 
     def keep(self, key: Mapping[str, Any], cell: Cell) -> None:
         write_json(self._path(key), {"key": {**self.about, **key}, "found": asdict(cell)})
+
+    def slot(self, key: Mapping[str, Any] | None) -> dict[str, Any]:
+        """`cell` and `keep` of a Record: what is at this key, and what puts a cell there."""
+        return {"cell": self.at(key), "keep": None if key is None else partial(self.keep, key)}
 
     def forget(self, keys: Iterable[Mapping[str, Any]]) -> None:
         for key in keys:

@@ -12,6 +12,9 @@ The results of the whole setting, whatever was run of it, are written to <output
 what is on disk, a cell that is not there as "missing": <setting>.csv (a line a cell), <setting>.md
 (the tables), figures.
 Ours, of whole settings, are kept in recipes/results: `--results recipes/results` writes there.
+`--known recipes/results/<setting>.csv` takes over what it has of this setting, unchanged, and
+measures what it lacks; the fine-tunes that this needs are trained first, and differ from those of
+the file in rounding at least.
 """
 
 import argparse
@@ -19,12 +22,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cells import Cell
 from finetunes import check_methods_fit
 from paper_cost import CostTable
 from paper_figures import write_figures
 from paper_intermediate import TransferTable
 from paper_lines import AblationTable, StartTable
-from paper_long import write_long
+from paper_long import read_long, write_long
 from paper_records import Record, Table
 from paper_refresh import RefreshTable
 from paper_report import tables_in
@@ -55,18 +59,23 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
     seeds = [Seed(setting, number) for number in setting.seeds]
     try:
         all_tables = {seed: tables_of(setting, seed, seeds[0]) for seed in seeds}
+        known = {} if asked.known is None else read_long(asked.known, seeds[0].tasks)
     except ValueError as error:
         parser.error(str(error))
+    every = [table for own in all_tables.values() for table in own.values()]
+    take_over(known, every)
     if not asked.report_only:
         check_methods_fit(seeds[0].options, setting.all_methods)
-        chosen = {seed: own for seed, own in all_tables.items() if seed.seed in numbers}
-        measure(
-            {
-                seed: [own[table] for table in tables if table in own]
-                for seed, own in chosen.items()
-            },
-            asked.again,
-        )
+        chosen = {
+            seed: [own[table] for table in tables if table in own]
+            for seed, own in all_tables.items()
+            if seed.seed in numbers
+        }
+        if known:
+            train_first(chosen, asked.again)
+            take_over(known, every)
+        measure(chosen, asked.again)
+        take_over(known, every)  # intermediate tasks train as they come
     folder = asked.results or seeds[0].options.output_dir / "results"
     return report(name, all_tables, seeds[0].tasks, folder)
 
@@ -79,6 +88,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--fast", action="store_true", help="tiny slices, grids and one seed")
     parser.add_argument("--output_dir", help="over that of the setting")
     parser.add_argument("--results", type=Path, help="default: <output_dir>/results")
+    parser.add_argument("--known", type=Path, help="a <setting>.csv whose lines are taken over")
     parser.add_argument("--report_only", action="store_true", help="measure nothing")
     parser.add_argument("--again", action="store_true", help="measure what is there again, too")
     return parser
@@ -112,6 +122,32 @@ def tables_of(setting: Setting, seed: Seed, first_seed: Seed) -> dict[str, Table
     return found
 
 
+def take_over(known: Mapping[tuple[str, ...], Cell], tables: Sequence[Table]) -> None:
+    """Put what is known where it is missing, round by round: choices ask for what is chosen of."""
+    while True:
+        taken = 0
+        for record in (record for table in tables for record in table.records()):
+            if record.name in known and record.cell is None and record.keep is not None:
+                record.keep(known[record.name])
+                taken += 1
+        if not taken:
+            return
+
+
+def train_first(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
+    """The fine-tunes of seeds that have something to measure: cells are of a training."""
+    with Steps() as steps:
+        for seed, tables in seeds.items():
+            if again or any(map(is_unfinished, tables)):
+                seed.bench(steps)
+                seed.let_go()
+
+
+def is_unfinished(table: Table) -> bool:
+    total, done = table.steps_left()
+    return done < total
+
+
 def measure(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
     """What is missing of the tables, a seed after the other."""
     all_tables = list(itertools.chain.from_iterable(seeds.values()))
@@ -124,7 +160,8 @@ def measure(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
         for seed, tables in seeds.items():
             steps.say(f"seed {seed.seed}")
             for table in tables:
-                table.run(steps)
+                if is_unfinished(table):  # nothing is trained for one that is not
+                    table.run(steps)
             seed.let_go()
 
 

@@ -73,7 +73,7 @@ class CostTable:
                 label=line.what,
                 settings=line.settings,
                 iterations=line.iterations,
-                cell=self.seed.cells.at(line.key),
+                **self.seed.cells.slot(line.key),
             )
 
     def steps_left(self) -> tuple[int, int]:

@@ -40,10 +40,9 @@ class LineTable:
         """The merges, in the order of the table."""
 
     def records(self) -> Iterator[Record]:
-        find = self.seed.cells.find
         for line in self.lines():
             for n in line.counts:
-                cell = None if line.merge is None else find(line.merge, n, "validation")
+                key = None if line.merge is None else line.merge.key(n, "validation")
                 yield Record(
                     seed=self.seed.seed,
                     table=self.name,
@@ -51,7 +50,7 @@ class LineTable:
                     settings=line.settings,
                     iterations=n,
                     split="validation",
-                    cell=cell,
+                    **self.seed.cells.slot(key),
                 )
 
     def steps_left(self) -> tuple[int, int]:

@@ -54,6 +54,36 @@ def write_long(records: Sequence[Record], tasks: Sequence[str], path: Path) -> N
     write_text(path, text.getvalue(), newline="")
 
 
+def read_long(path: Path, tasks: Sequence[str]) -> dict[tuple[str, ...], Cell]:
+    """What `write_long` wrote as measured, by the names of its records; without residual curves.
+
+    Raises ValueError for no file, one of other tasks, and two lines of one name.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    cells: dict[tuple[str, ...], Cell] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        header, expected = reader.fieldnames, [*FIXED, *tasks, *MEASURED]
+        if header != expected:
+            raise ValueError(f"{path}: expected the columns {expected}, found {header}")
+        for row in reader:
+            name = tuple(row[part] for part in FIXED[:-1])
+            if row["status"] == MISSING:
+                continue
+            if name in cells:
+                raise ValueError(f"{path}: two lines are of {', '.join(filter(None, name))}")
+            cells[name] = Cell(
+                {task: float(row[task]) for task in tasks if row[task]},
+                float(row["evaluation_seconds"] or row["seconds"] or 0),
+                float(row["merge_seconds"] or 0),
+                int(row["merge_iterations"] or 0),
+                residual=float(row["residual"]) if row["residual"] else None,
+                flops=float(row["flops"]) if row["flops"] else None,
+            )
+    return cells
+
+
 def measured(record: Record, individual: Cell | None) -> dict[str, Any]:
     cell = record.cell
     assert cell is not None

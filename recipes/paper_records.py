@@ -4,8 +4,8 @@ Tables are in paper_tables.py (the methods), paper_lines.py (starts and ablation
 paper_refresh.py, paper_cost.py and paper_intermediate.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cells import Cell
@@ -26,6 +26,7 @@ class Record:
         iterations: 0 for what has none.
         split: "validation" or "test"; "" for what has none.
         cell: None where it has not been measured.
+        keep: puts a cell in its place; None where what it would be of is not chosen yet.
         is_reference: it merges nothing.
     """
 
@@ -37,7 +38,14 @@ class Record:
     iterations: int = 0
     split: str = ""
     cell: Cell | None = None
+    keep: Callable[[Cell], None] | None = field(default=None, repr=False, compare=False)
     is_reference: bool = False
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """What no other line of a setting has."""
+        parts = (self.seed, self.table, self.case, self.label, self.settings)
+        return (*map(str, (*parts, self.iterations)), self.split)
 
     @property
     def is_training(self) -> bool:

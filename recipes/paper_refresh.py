@@ -131,8 +131,8 @@ class RefreshTable:
             about = self._about(label=line.method, settings=line.label)
             for number in range(line.plan.rounds + 1):
                 for split in SPLITS:
-                    cell = self.seed.cells.at(line.key(number, split))
-                    yield Record(**about, iterations=number, split=split, cell=cell)
+                    slot = self.seed.cells.slot(line.key(number, split))
+                    yield Record(**about, iterations=number, split=split, **slot)
         for label in RIVALS if self.refresh.learning_rates else ():
             yield from self._records_of_rival(label)
 
@@ -141,14 +141,14 @@ class RefreshTable:
         about = self._about(label=f"trained {label} on {plan.rows} rows")
         tried = self.trainings(label)
         for one in tried:
-            cell = self.seed.cells.at(one.key(plan, "validation"))
-            yield Record(**about, settings=one.words, split="validation", cell=cell)
+            slot = self.seed.cells.slot(one.key(plan, "validation"))
+            yield Record(**about, settings=one.words, split="validation", **slot)
         best = self._best(tried, self.seed) if tried else None
         if best is None:
             yield Record(**about, settings="not chosen yet", split="test")
         else:
-            cell = self.seed.cells.at(best.key(plan, "test"))
-            yield Record(**about, settings=best.words, split="test", cell=cell)
+            slot = self.seed.cells.slot(best.key(plan, "test"))
+            yield Record(**about, settings=best.words, split="test", **slot)
 
     def _about(self, **more: Any) -> dict[str, Any]:
         return {"seed": self.seed.seed, "table": "refresh", **more}

@@ -24,8 +24,8 @@ def record_of(
         return Record(settings="not chosen yet", **about)
     merge, count = point
     tried = {name: value for name, value in merge.options.items() if name in method.grid}
-    cell = cells.find(merge, count, split)
-    return Record(settings=described(tried), iterations=count, cell=cell, **about)
+    slot = cells.slot(merge.key(count, split))
+    return Record(settings=described(tried), iterations=count, **slot, **about)
 
 
 def method_records(
@@ -79,8 +79,8 @@ class MethodTable:
             for label, method in self.methods.items():
                 yield self._tested(label, method)
         if self.multitask:
-            cell = self.seed.cells.at(self.seed.multitask_key)
-            yield Record(**about, label="multitask", split="test", cell=cell)
+            slot = self.seed.cells.slot(self.seed.multitask_key)
+            yield Record(**about, label="multitask", split="test", **slot)
 
     def _points(self, first: Seed) -> dict[str, tuple[Merge, int]]:
         """All of them, or an error."""

@@ -22,6 +22,7 @@ from cells import Cell, Cells, Merge
 from compare import check_fit, merges_of
 from merge_options import MethodOptions
 from paper_lines import AblationTable, StartTable
+from paper_long import FIXED, read_long
 from paper_records import Record, merge_seconds
 from paper_seeds import Seed, Suite
 from paper_settings import read_setting
@@ -236,6 +237,63 @@ def test_a_killed_run_measures_only_what_is_missing(
     kept.clear()
     run(path, "--again")  # what is chosen among the methods is forgotten last
     assert len(kept) == total
+
+
+def test_known_lines_are_taken_over(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a setting that was measured elsewhere, only what is missing is measured."""
+    path = setting(tmp_path, bert, methods=METHODS, starts=STARTS, seeds=[0, 1])
+    whole = {record.name: record.cell for record in run(path)}
+    rows = rows_of(tmp_path)
+    assert len(whole) == len(rows)
+    known = tmp_path / "known.csv"
+
+    def write(rows: list[dict[str, str]]) -> None:
+        with known.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def name_of(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[part] for part in FIXED[:-1])
+
+    tested = [r for r in rows if r["label"] == "MaTS kfac" and r["split"] == "test"]
+    lost = next(row for row in tested if row["seed"] == "1")
+    tested[0]["kind"] = "0.125"  # not what would be measured
+    lost["status"] = "missing"
+    write(rows)
+    shutil.rmtree(tmp_path / "out")
+
+    def no_merge(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Opened, "module", no_merge)
+        found = run(path, "--known", str(known), "--report_only")
+        assert [record.name for record in found if record.cell is None] == [name_of(lost)]
+        assert not (tmp_path / "out/tasks").exists()
+        run(path, "--known", str(known), "--seeds", "0")  # where nothing is missing
+        assert not (tmp_path / "out/tasks").exists()
+    again = {record.name: record.cell for record in run(path, "--known", str(known))}
+    assert again.keys() == whole.keys()
+    seeds = [json.loads(p.read_text())["seed"] for p in Path("out/tasks").glob("*/settings.json")]
+    assert set(seeds) == {1}
+    for name, cell in whole.items():
+        if name == name_of(lost):  # of fine-tunes that were trained anew, to the same weights
+            assert again[name].scores == cell.scores and again[name].residuals
+        else:
+            changed = {"kind": 0.125} if name == name_of(tested[0]) else {}
+            assert again[name] == replace(cell, scores=cell.scores | changed, residuals={}), name
+
+    write([*rows, rows[0]])
+    with pytest.raises(ValueError, match="two lines are of 0, methods, individual, 0, test"):
+        read_long(known, list(WORDS))
+    with pytest.raises(ValueError, match=r"expected the columns .* found .*'size'"):
+        read_long(known, ["colour", "kind"])
+    with pytest.raises(SystemExit):
+        run(path, "--known", str(tmp_path / "other.csv"))
+    assert "other.csv does not exist" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_shown(

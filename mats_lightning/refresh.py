@@ -53,9 +53,9 @@ def refresh(
     With `plan.heads` the heads that tasks do not share are fitted to the merge first, and again to
     each step that is tried. Each round takes the statistics of every task's training rows at the
     merged weights (in eval mode), or trains them on these rows, takes the step, and validates.
-    Validation decides by the average
-    of the tasks' primary metrics, higher being better: so no score on these rows is a fair one
-    afterwards, and `module.scores` is empty until the next test.
+    Validation decides by the average of the tasks' primary metrics, higher being better, or of
+    their losses (`plan.judge`): so no score on these rows is a fair one afterwards, and
+    `module.scores` is empty until the next test.
 
     Arguments:
         plan: RefreshPlan() by default, which fits heads.
@@ -120,6 +120,7 @@ class _Refresh:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.device = trainer.strategy.root_device
         self.heads: dict[str, State] = {}  # that were fitted to them
+        self.losses: dict[str, float] = {}  # of the last validation, where losses judge
         self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
         # the merged parameters, after the rounds that are done
@@ -206,7 +207,7 @@ class _Refresh:
             self.heads = {name: self.module.own_heads()[name] for name in fitted}
             after = mean(self.module.scores.values())
             rank_zero_info(f"refresh, heads: {tried['0']:.4f} -> {after:.4f} on validation")
-        return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted)
+        return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted, self.losses)
 
     def _round(self, number: int, before: list[Round]) -> Round:
         """One round from `self.state`, which is then that after it, like `self.heads`."""
@@ -224,13 +225,14 @@ class _Refresh:
                 seconds["heads"] += took
             seconds["validation"] += self._validate()
             scores = dict(self.module.scores)
-            average = tried[str(step)] = mean(scores.values())
-            if average >= before[-1].average:
+            tried[str(step)] = mean(scores.values())
+            done = Round(number, step, scores, tried, seconds, fitted, self.losses)
+            if done.is_no_worse(before[-1]):
                 self.state = state
                 self.heads = {name: self.module.own_heads()[name] for name in fitted}
-                return Round(number, step, scores, tried, seconds, fitted)
+                return done
             step /= 2
-        return Round(number, 0.0, before[-1].scores, tried, seconds, before[-1].heads)
+        return replace(before[-1], number=number, step=0.0, tried=tried, seconds=seconds)
 
     def _trained(self) -> tuple[MergeResult, dict[str, float]]:
         """The state after a step, and the seconds."""
@@ -275,7 +277,7 @@ class _Refresh:
         return fitted, time.perf_counter() - started
 
     def _validate(self) -> float:
-        """Puts the scores into the module; the seconds that it took."""
+        """Puts the scores into the module and takes the losses; the seconds that it took."""
         started = time.perf_counter()
         self.module.scores = {}
         self.trainer.validate(self.module, verbose=False)
@@ -284,6 +286,8 @@ class _Refresh:
                 "validation has run no batch, and it decides what a refresh keeps: give the tasks"
                 " validation rows, and a trainer without limit_val_batches=0"
             )
+        if self.plan.judge == "loss":
+            self.losses = self.tasks.losses()
         return time.perf_counter() - started
 
     def _keep(self, rounds: list[Round]) -> None:

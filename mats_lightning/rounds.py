@@ -24,6 +24,7 @@ from mats_lightning.statistics.digest import digest
 State = dict[str, Tensor]
 LABELS = ("data", "teacher")
 WAYS = ("solving", "training")
+JUDGES = ("score", "loss")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class RefreshPlan:
             curvature, not the gradient.
         tries: steps that a round tries, each half of the one before, until validation is no worse
             than before the round. After the last the round is taken back.
+        judge: what says so, a mean over tasks: the "score", their primary metrics, or the "loss" to
+            `labels` (the module's training_step on validation batches, or the distance to what the
+            task's own model predicts), which tells small differences on few rows better.
         seed: of the choice of rows, of drawn labels and of the training's order.
 
     Raises ValueError for values out of range.
@@ -76,6 +80,7 @@ class RefreshPlan:
     labels: Literal["data", "teacher"] = "data"
     decay: float = 0.0
     tries: int = 3
+    judge: Literal["score", "loss"] = "score"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,7 +99,8 @@ class RefreshPlan:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be a positive number")
         for name in ("damping", "preconditioner_damping", "radius"):
             check_range(name, getattr(self, name) or 0.0)
-        for name, known in (("by", WAYS), ("fisher", FISHERS), ("labels", LABELS)):
+        choices = {"by": WAYS, "fisher": FISHERS, "labels": LABELS, "judge": JUDGES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
         if "identity" in objective_kinds(self.objective):
@@ -117,10 +123,17 @@ class Round:
     # statistics, solve (or training), heads, validation
     seconds: dict[str, float] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)  # task -> iterations, where one was fitted
+    losses: dict[str, float] = field(default_factory=dict)  # task -> loss, where losses judge
 
     @property
     def average(self) -> float:
         return mean(self.scores.values())
+
+    def is_no_worse(self, before: "Round") -> bool:
+        """By what the plan's judge says."""
+        if self.losses:
+            return mean(self.losses.values()) <= mean(before.losses.values())
+        return self.average >= before.average
 
     @property
     def taken(self) -> bool:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
+from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +20,7 @@ from mats_lightning.joint_training import train_together
 from mats_lightning.measuring import statistics_at
 from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
-from mats_lightning.passes import LossFn
+from mats_lightning.passes import LossFn, evaluating, loss_of, to_device
 from mats_lightning.products import lora_of
 from mats_lightning.rounds import Folder, RefreshPlan, State
 from mats_lightning.sampled import LogitsFn
@@ -99,6 +101,24 @@ class TaskRounds:
             seed=self.plan.seed,
             progress=self.progress,
         )
+
+    def losses(self) -> dict[str, float]:
+        """task -> the mean over its validation batches of the loss to the plan's labels."""
+        found = {}
+        for name, task in self.module.tasks.items():
+            loss_fn = self._teacher(task)[0] if self.plan.labels == "teacher" else None
+            loader = task.dataloader("validate", self.trainer)
+            share = self.trainer.limit_val_batches
+            count = share if isinstance(share, int) else None
+            if isinstance(share, float) and share < 1:
+                count = int(share * len(loader))
+            losses = []
+            with self._on_device(task.module), evaluating(task.module):
+                for index, batch in enumerate(islice(loader, count)):
+                    moved = to_device(task.module, batch, self.device)
+                    losses.append(float(loss_of(task.module, moved, index, loss_fn)))
+            found[name] = mean(losses)
+        return found
 
     def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
         """Of all tasks at these weights, for this round: those in the folder, or taken now."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from mats_lightning import RefreshPlan, refresh
 from mats_lightning.joint_training import train_together
+from mats_lightning.task_rounds import TaskRounds
 
 __all__ = ["suite"]  # a fixture
 
@@ -225,3 +227,60 @@ def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:
     rounds = refresh(module, plan, trainer=make_trainer(), progress=False)
     assert set(rounds[1].heads) == set(module.tasks)
     assert rounds[1].average >= rounds[0].average
+
+
+# -- losses that judge -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["data", "teacher"])
+@pytest.mark.parametrize("limit", [None, 1, 0.5])
+def test_losses_are_of_validation_batches(suite: Suite, labels: str, limit: float | None) -> None:
+    module = merged(suite)
+    options: dict[str, Any] = {"labels": labels, "epochs": 3, "learning_rate": 0.01}
+    plan = RefreshPlan(rounds=1, by="training", judge="loss", heads=(), **options)
+    trainer = make_trainer() if limit is None else make_trainer(limit_val_batches=limit)
+    rounds = refresh(module, plan, trainer=trainer, logits_fn=logits_of, progress=False)
+    assert rounds[1].taken
+    for task in module.tasks.values():
+        parts = [part.split(8) for part in rows(task.name, "validate").tensors]
+        batches = list(zip(*parts, strict=True))
+        assert len(batches) > 1
+        count = {None: len(batches), 1: 1, 0.5: len(batches) // 2}[limit]
+        teacher = copy.deepcopy(task.module)
+        teacher.load_state_dict(torch.load(suite.checkpoint(task.name))["state_dict"])
+        losses = []
+        for x, y in batches[:count]:
+            with torch.no_grad():
+                target = teacher.eval()(x).softmax(-1) if labels == "teacher" else y
+                losses.append(F.cross_entropy(module.model(task.name).eval()(x), target))
+        wanted = float(torch.stack(losses).mean())
+        assert rounds[1].losses[task.name] == pytest.approx(wanted, rel=1e-5), task.name
+
+
+@pytest.mark.parametrize("way", ["training", "solving"])
+def test_losses_judge_in_place_of_scores(
+    suite: Suite, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the scores do; and a round that is taken back keeps the loss before it."""
+
+    def giving(*averages: float) -> None:
+        left = list(averages)
+
+        def losses(self: TaskRounds) -> dict[str, float]:
+            value = left.pop(0)
+            names = list(self.module.tasks)
+            return dict.fromkeys(names, value) | {names[0]: value - 0.3, names[1]: value + 0.3}
+
+        monkeypatch.setattr(TaskRounds, "losses", losses)
+
+    options: dict[str, Any] = {"by": way, "judge": "loss", "rows": 48, "folder": tmp_path}
+    giving(1.0, 1.5, 0.9)
+    rounds = refreshed(merged(suite), **options)
+    assert [done.step for done in rounds] == [0.0, 0.5] and list(rounds[1].tried) == ["1.0", "0.5"]
+    assert sum(rounds[1].losses.values()) == pytest.approx(0.9 * len(rounds[1].losses))
+    giving(1.1, 1.2, 0.90001)
+    (*_, back) = rounds = refreshed(merged(suite), **options | {"rounds": 3})
+    assert len(rounds) == 3 and not back.taken
+    assert back.losses == rounds[1].losses and back.scores == rounds[1].scores
+    with pytest.raises(ValueError, match=r"a refresh with judge='loss', and this one has 'score'"):
+        refreshed(merged(suite), **options | {"judge": "score"})

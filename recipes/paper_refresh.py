@@ -78,20 +78,21 @@ class RefreshTable:
         self, setting: Setting, refresh: Refresh, seed: Seed, first: Seed | None = None
     ) -> None:
         self.setting, self.refresh, self.seed, self.first = setting, refresh, seed, first
-        self.plan = next(iter(refresh.plans.values()))  # of all methods, and of the rivals
+        self.plan = next(iter(refresh.plans.values()))  # of `methods`, and of the rivals
+        self.merge = refresh.merges[0]  # that more is done with
 
     # -- what there is -----------------------------------------------------------------------
 
     def lines(self) -> Iterator[Line]:
-        label = next(iter(self.refresh.plans))
-        for method in self.refresh.methods:
-            if method != self.refresh.merge:
-                yield self._line(method, label, self.plan)
-        plans = dict(self.refresh.plans)
-        if self.first is None:
-            plans |= self.refresh.first_seed
-        for label, plan in plans.items():
-            yield self._line(self.refresh.merge, label, plan)
+        label, first = next(iter(self.refresh.plans)), self.first is None
+        for method in self.refresh.methods if first else ():
+            yield self._line(method, label, self.plan)
+        for method in self.refresh.merges:
+            plans = dict(self.refresh.plans)
+            if first and method == self.merge:
+                plans |= self.refresh.first_seed
+            for label, plan in plans.items():
+                yield self._line(method, label, plan)
 
     def _line(self, method: str, label: str, plan: RefreshPlan) -> Line:
         point = self._point(method)
@@ -105,7 +106,7 @@ class RefreshTable:
 
     def trainings(self, label: str) -> list[Training]:
         """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
-        point = self._point(self.refresh.merge) if label == "from the merge" else None
+        point = self._point(self.merge) if label == "from the merge" else None
         rates = self.refresh.learning_rates
         if label == "from the merge" and point is None:
             return []
@@ -124,7 +125,7 @@ class RefreshTable:
         return max(known, key=lambda entry: entry[0])[1]
 
     def _plan_of_rivals(self) -> RefreshPlan:
-        return self._line(self.refresh.merge, "", self.plan).plan
+        return self._line(self.merge, "", self.plan).plan
 
     def records(self) -> Iterator[Record]:
         for line in self.lines():
@@ -239,10 +240,10 @@ class RefreshTable:
             return
         start = None
         if label == "from the merge":
-            line = self._line(self.refresh.merge, "", self.plan)
+            line = self._line(self.merge, "", self.plan)
             refreshed = self.seed.cells.at(line.key(plan.rounds, "test"))
             assert refreshed is not None  # `run` begins with it
-            start = Start(self._merged(bench, self.refresh.merge), refreshed.merge_seconds)
+            start = Start(self._merged(bench, self.merge), refreshed.merge_seconds)
         for one in missing:
             with steps.paused():
                 found = train_rival(self.seed.options, bench.tasks, plan, one.rate, start)

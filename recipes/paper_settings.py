@@ -21,10 +21,11 @@ class Refresh:
     """Merges refreshed, tested after each round; and what training reaches on the same rows.
 
     Args:
-        plans: fields of RefreshPlan, by a label; the first one is that of all `methods`, and of the
+        plans: fields of RefreshPlan, by a label; the first one is that of `methods`, and of the
             rivals.
-        merge: the row of `methods` that all plans refresh, with the settings chosen for it.
-        methods: rows of `methods` that the first plan refreshes as well.
+        merges: the rows of the setting's methods that all plans refresh, with the settings chosen
+            for them; the first one is that of `first_seed` and of the rivals.
+        methods: more rows, which the first plan refreshes, on the first seed alone.
         first_seed: more plans, for the first seed alone.
         learning_rates: of the rivals (all tasks trained together on the plan's rows, and from the
             merge for the seconds of its refresh), chosen on validation rows of the first seed; none
@@ -32,7 +33,7 @@ class Refresh:
     """
 
     plans: dict[str, RefreshPlan]
-    merge: str
+    merges: list[str]
     methods: list[str] = field(default_factory=list)
     first_seed: dict[str, RefreshPlan] = field(default_factory=dict)
     learning_rates: list[float] = field(default_factory=list)
@@ -169,11 +170,13 @@ class Setting:
                 raise ValueError(f"ablations: {odd[0]!r} is none of {', '.join(known)}")
 
     def _check_refresh(self, refresh: Refresh) -> None:
-        if not refresh.plans:
-            raise ValueError("refresh: plans has none")
-        if len(set(refresh.methods)) < len(refresh.methods):
-            raise ValueError(f"refresh: methods has one twice: {', '.join(refresh.methods)}")
-        for label in (refresh.merge, *refresh.methods):
+        for name in ("plans", "merges"):
+            if not getattr(refresh, name):
+                raise ValueError(f"refresh: {name} has none")
+        refreshed = [*refresh.merges, *refresh.methods]
+        if twice := [label for label in refreshed if refreshed.count(label) > 1]:
+            raise ValueError(f"refresh: {twice[0]!r} is twice among merges and methods")
+        for label in refreshed:
             if label not in self.methods:
                 raise ValueError(f"refresh: {label!r} is none of {', '.join(self.methods)}")
         plan = next(iter(refresh.plans.values()))
@@ -183,8 +186,9 @@ class Setting:
                     f"refresh: the first plan has rounds={plan.rounds}, and {label!r} merges"
                     " nothing: it can have its heads fitted alone"
                 )
-        if self.methods[refresh.merge].method in REFERENCES:
-            raise ValueError(f"refresh: {refresh.merge!r} merges nothing")
+        for label in refresh.merges:
+            if self.methods[label].method in REFERENCES:
+                raise ValueError(f"refresh: {label!r} merges nothing")
         if odd := sorted({*refresh.plans} & {*refresh.first_seed}):
             raise ValueError(f"refresh: {odd[0]!r} is among plans and first_seed")
         if any(rate <= 0 for rate in refresh.learning_rates):

@@ -23,8 +23,8 @@ __all__ = ["bert", "own_cache"]  # fixtures
 KFAC = "MaTS kfac"
 REFRESH: dict[str, Any] = {
     "plans": {"heads": {"heads": [1, 5], "rows": 40}, "12 rows": {"heads": [5], "rows": 12}},
-    "merge": KFAC,
-    "methods": ["pretrained", "average"],
+    "merges": [KFAC, "average"],
+    "methods": ["pretrained"],
     "first_seed": {
         "mix": {"rounds": 1, "rows": 40, "heads": [], "mix": 0.5, "damping": 0.1, "step": 0.01},
         "heads, mix": {
@@ -97,8 +97,9 @@ def test_refreshes_over_seeds(
     assert all(record.cell is not None for record in found)
     everything = rows_of(tmp_path)
     rows = [row for row in everything if row["table"] == "refresh"]
-    # a line's rounds on two splits; two rivals, at two rates on validation and one on test
-    assert len(rows) == 2 * (2 + 2 + 3 + 2 + 2) + 2 * 3 + 2 * (2 + 2) + 2 * 2
+    # the merges' plans, the first seed's more, its methods, each on two splits after each round;
+    # two rivals, at two rates on validation and one on test
+    assert len(rows) == 2 * (2 * 2 + 2 + 2 + 3 + 1) + 2 * 3 + 2 * (2 * 2) + 2 * 2
 
     def row_of(seed: int, label: str, plan: str, split: str, number: int = 0) -> dict[str, str]:
         about = (str(seed), label, plan, split, str(number))
@@ -202,10 +203,11 @@ def test_refreshes_over_seeds(
     ("change", "message"),
     [
         ({"plans": {}}, "plans has none"),
-        ({"merge": "magic"}, "'magic' is none of"),
+        ({"merges": []}, "merges has none"),
+        ({"merges": ["magic"]}, "'magic' is none of"),
         ({"methods": ["magic"]}, "'magic' is none of"),
-        ({"methods": ["average", "average"]}, "methods has one twice"),
-        ({"merge": "pretrained"}, "'pretrained' merges nothing"),
+        ({"methods": ["average"]}, "'average' is twice among merges and methods"),
+        ({"merges": ["pretrained"], "methods": []}, "'pretrained' merges nothing"),
         ({"plans": {"steps": {"rounds": 1}}}, "can have its heads fitted alone"),
         ({"first_seed": {"heads": {}}}, "'heads' is among plans and first_seed"),
         ({"learning_rates": [0.0]}, "above 0"),

@@ -188,6 +188,9 @@ class RefreshTable:
         module = self._merged(bench, method)
         before = Before(module)
         for line in lines:
+            if self._done(line):  # the rounds of another line have it in them
+                bench.steps.expect(0, done=1)
+                continue
             found, _ = bench.steps.run(
                 f"{method}: {line.label}", self._measure, bench, module, line
             )

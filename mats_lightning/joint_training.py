@@ -71,7 +71,10 @@ def train_together(
             for name, p in own[task].items()
             if name not in start
         }
-        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        fused = device.type in ("cpu", "cuda")  # a fifth of the time there
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=learning_rate, weight_decay=0.0, fused=fused
+        )
         steps = epochs * sum(map(len, sized.values()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _share(n, steps))
         mean = sum(weights[task] for task in modules) / len(modules)

@@ -116,7 +116,7 @@ class TaskRounds:
             with self._on_device(task.module), evaluating(task.module):
                 for index, batch in enumerate(islice(loader, count)):
                     moved = to_device(task.module, batch, self.device)
-                    losses.append(float(loss_of(task.module, moved, index, loss_fn)))
+                    losses.append(loss_of(task.module, moved, index, loss_fn).item())
             found[name] = mean(losses)
         return found
 

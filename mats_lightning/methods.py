@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mats_lightning import merging
 from mats_lightning.merging import MergeResult
-from mats_lightning.merging.curvatures import covering_statistics
+from mats_lightning.merging.covering import covering_statistics
 from mats_lightning.merging.fisher import STATISTICS as OF_FISHER
 from mats_lightning.merging.models import of_batch_norm
 from mats_lightning.merging.regmean import STATISTICS as OF_REGMEAN

@@ -11,11 +11,8 @@ from typing import TypedDict, Unpack, overload
 from torch import Tensor
 
 from mats_lightning.merging.block_solver import BlockSolver
-from mats_lightning.merging.curvatures import (
-    check_statistics,
-    task_operators,
-    uncovered_value,
-)
+from mats_lightning.merging.covering import check_statistics, uncovered_value
+from mats_lightning.merging.curvatures import task_operators
 from mats_lightning.merging.forms import beside, matrix_form
 from mats_lightning.merging.models import (
     Weights,

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from mats_lightning.merging.block_solver import BlockSolver
-from mats_lightning.merging.curvatures import (
-    balance,
+from mats_lightning.merging.covering import (
     check_covering,
     covering_statistics,
     parameters_with,
-    task_curvatures,
 )
+from mats_lightning.merging.curvatures import balance, task_curvatures
 from mats_lightning.merging.forms import MatrixForm, matrix_form, statistic_name
 from mats_lightning.merging.models import (
     Weights,

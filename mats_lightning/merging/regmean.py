@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mats_lightning.merging.curvatures import (
-    check_statistics,
-    task_operators,
-    uncovered_value,
-)
+from mats_lightning.merging.covering import check_statistics, uncovered_value
+from mats_lightning.merging.curvatures import task_operators
 from mats_lightning.merging.forms import beside, matrix_form
 from mats_lightning.merging.models import (
     Weights,

@@ -18,7 +18,7 @@ from mats_lightning.files import write_atomically
 from mats_lightning.report import relative
 
 STYLES = ("--", "-", ":", "-.")  # of the solvers, in their order
-MARKERS = "os^Dv*P"
+MARKERS = "os^DvPX<>pdh8"
 
 
 def write_figures(
@@ -132,34 +132,32 @@ def by_seconds(records: Sequence[Record]) -> Figure | None:
     """Test scores, relative to the individual models of the same seed, against the seconds of a
     refresh or a training: means over the seeds there are, which not all lines have.
 
-    A line through the rounds of a plan, a marker alone where there are none.
+    A colour a merge, a marker a plan, a line through its rounds.
     """
     alone = individual_cells(records)
-    points: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    points: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
     for record in records:
-        label = record.label
-        if record.table == "refresh" and not record.is_training:
-            label += f", {record.settings}"
-        shown = record.table == "refresh" or label == "multitask"
+        plan = "" if record.is_training else record.settings
+        shown = record.table == "refresh" or record.label == "multitask"
         if shown and record.split == "test" and record.cell and record.seed in alone:
             point = (
                 record.cell.merge_seconds,
                 relative(record.cell.scores, alone[record.seed].scores),
             )
-            points.setdefault(label, {}).setdefault(record.iterations, []).append(point)
-    multitask = points.pop("multitask", None)
+            rounds = points.setdefault((record.label, plan), {})
+            rounds.setdefault(record.iterations, []).append(point)
+    multitask = points.pop(("multitask", ""), None)
     if not points:
         return None
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for number, (label, rounds) in enumerate(points.items()):
-        curve = [means(own) for _, own in sorted(rounds.items())]
+    merges, plans = (list(dict.fromkeys(names)) for names in zip(*points, strict=True))
+    for (merge, plan), rounds in points.items():
         axes.plot(
-            *zip(*curve, strict=True),
-            marker="o" if len(curve) > 1 else MARKERS[number // 10 % len(MARKERS)],
-            markersize=4 if len(curve) > 1 else 7,
-            color=colormaps["nipy_spectral"](0.05 + 0.9 * number / len(points)),
-            label=label,
+            *zip(*(means(own) for _, own in sorted(rounds.items())), strict=True),
+            marker=MARKERS[plans.index(plan) % len(MARKERS)],
+            color=colormaps["tab20"](merges.index(merge) % 20),
+            label=", ".join(filter(None, (merge, plan))),
         )
     if multitask is not None:
         (own,) = multitask.values()

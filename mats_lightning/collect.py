@@ -1,10 +1,11 @@
 """collect_statistics: the same statistics by a pass over data, at fixed weights."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
@@ -214,7 +215,10 @@ def _named(
 
 
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    total = len(batches) if isinstance(batches, Sized) else None
     return track(
-        batches, "collecting statistics", total=total, disable=not progress, transient=True
+        batches,
+        "collecting statistics",
+        total=sized_len(batches),
+        disable=not progress,
+        transient=True,
     )

@@ -1,15 +1,17 @@
 """Training of what tasks share, on their batches in turn: the other way of a refresh to step."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from rich.progress import track
 from torch import Tensor, nn
 
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn, evaluating, loss_of, to_device
+from mats_lightning.tied import tied_names
 
 WARM_UP = 0.1  # of all steps
 HALF = (torch.float16, torch.bfloat16)
@@ -26,6 +28,7 @@ def train_together(
     epochs: int,
     learning_rate: float,
     device: torch.device,
+    kept: Collection[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
@@ -44,19 +47,29 @@ def train_together(
         loss_fns: task -> (module, batch) -> loss; None for the module's own.
         weights: task -> what its loss is multiplied by, beside their mean.
         device: where it is done; the modules may be elsewhere.
+        kept: names of shared parameters that do not train; of tied ones, any name.
 
-    Raises ValueError for tasks without a batch, 16-bit parameters, in which small steps are lost,
-    and a loss that is not finite.
+    Raises ValueError for tasks without a batch, nothing that trains, 16-bit parameters, in which
+    small steps are lost, and a loss that is not finite.
     """
     if half := [name for name, tensor in shared.items() if tensor.dtype in HALF]:
         raise ValueError(
             f"'{half[0]}' is in {shared[half[0]].dtype}, in which small steps are lost: convert the"
             " tasks' modules with module.float() to train them"
         )
-    sized = {task: b if isinstance(b, Sized) else list(b) for task, b in batches.items()}
+    sized: dict[str, Any] = {
+        task: list(own) if sized_len(own) is None else own for task, own in batches.items()
+    }
     if empty := [task for task, own in sized.items() if not len(own)]:
         raise ValueError(f"no rows to train on: the batches of task '{empty[0]}' are empty")
-    trained = {name for m in modules.values() for name, p in _parameters(m) if p.requires_grad}
+    tied = {other: first for m in modules.values() for other, first in tied_names(m).items()}
+    stay = {tied.get(name, name) for name in kept}
+    trained = {
+        name
+        for module in modules.values()
+        for name, parameter in _parameters(module)
+        if parameter.requires_grad and name not in stay
+    }
     start = {
         name: shared[name].detach().to(device, copy=True) for name in shared if name in trained
     }
@@ -71,6 +84,12 @@ def train_together(
             for name, p in own[task].items()
             if name not in start
         }
+        if not parameters:
+            raise ValueError(
+                "nothing trains: all shared parameters are frozen or kept, and no head trains"
+                " along; call requires_grad_() on what is to (peft loads adapters frozen, unless"
+                " with is_trainable=True)"
+            )
         fused = device.type in ("cpu", "cuda")  # a fifth of the time there
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=learning_rate, weight_decay=0.0, fused=fused
@@ -88,12 +107,17 @@ def train_together(
                 loss * (weights[task] / mean), list(values.values()), allow_unused=True
             )
             for name, gradient in zip(values, found, strict=True):
-                key = f"/{name}" if name in start else f"{task}/{name}"
-                parameters[key].grad = gradient
+                parameter = parameters[f"/{name}" if name in start else f"{task}/{name}"]
+                if gradient is not None and gradient.stride() != parameter.stride():
+                    # the fused kernel goes over both as they lie in memory
+                    gradient = torch.empty_like(parameter).copy_(gradient)
+                parameter.grad = gradient
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    return {**shared, **{name: tensor.to(shared[name].device) for name, tensor in start.items()}}
+    result = {name: tensor.to(shared[name].device) for name, tensor in start.items()}
+    result |= {o: result[n] for o, n in tied.items() if o in shared and n in result}
+    return {**shared, **result}
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -108,12 +132,12 @@ def _training(
     parameters = dict(_parameters(module))
     before = {name: (p.data, p.requires_grad) for name, p in parameters.items()}
     buffers = {name: buffer.device for name, buffer in module.named_buffers()}
-    for name, parameter in parameters.items():
-        at_home = name in shared
-        parameter.data = shared[name] if at_home else parameter.data.to(device, copy=True)
-        parameter.requires_grad_(parameter.requires_grad and (at_home or name in head))
-    module.to(device)  # buffers
     try:
+        for name, parameter in parameters.items():
+            at_home = name in shared
+            parameter.data = shared[name] if at_home else parameter.data.to(device, copy=True)
+            parameter.requires_grad_(parameter.requires_grad and (at_home or name in head))
+        module.to(device)  # buffers
         with evaluating(module), torch.enable_grad():
             yield {name: p for name, p in parameters.items() if p.requires_grad}
     finally:
@@ -132,12 +156,12 @@ def _share(step: int, steps: int) -> float:
     return min(done / WARM_UP, max(0.0, 1 - step / steps))
 
 
-def _order(batches: Mapping[str, Sized], epochs: int, seed: int) -> Iterator[tuple[str, Any]]:
+def _order(batches: Mapping[str, Any], epochs: int, seed: int) -> Iterator[tuple[str, Any]]:
     """All batches of each epoch, each once, tasks in a random order."""
     generator = torch.Generator().manual_seed(seed)
     tasks: Sequence[str] = list(batches)
     owners = torch.repeat_interleave(torch.tensor([len(batches[task]) for task in tasks]))
     for _ in range(epochs):
-        loaders = {task: iter(batches[task]) for task in tasks}  # type: ignore[call-overload]
+        loaders = {task: iter(batches[task]) for task in tasks}
         for number in owners[torch.randperm(len(owners), generator=generator)].tolist():
             yield tasks[number], next(loaders[tasks[number]])

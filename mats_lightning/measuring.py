@@ -82,21 +82,22 @@ def _put(merged: Mapping[str, Tensor], module: nn.Module, source: str | os.PathL
             f" ({len(unknown)} such names): build the module that was merged, or say in prefix"
             " what precedes the names in it"
         )
+    values = dict(merged)
+    for name, value in values.items():
+        if value.dtype != own[name].dtype:  # its digest would be that of other weights
+            raise ValueError(
+                f"'{name}' is {value.dtype} in {source} and {own[name].dtype} in"
+                f" {type(module).__name__}: convert the module, module.to({value.dtype}), or"
+                f" save the weights in {own[name].dtype}"
+            )
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"'{name}' has shape {tuple(value.shape)} in {source} and"
+                f" {tuple(own[name].shape)} in {type(module).__name__}: build the module with"
+                " the sizes that it was trained with"
+            )
     with torch.no_grad():
-        for name in merged:
-            value = merged[name]
-            if value.dtype != own[name].dtype:  # its digest would be that of other weights
-                raise ValueError(
-                    f"'{name}' is {value.dtype} in {source} and {own[name].dtype} in"
-                    f" {type(module).__name__}: convert the module, module.to({value.dtype}), or"
-                    f" save the weights in {own[name].dtype}"
-                )
-            if value.shape != own[name].shape:
-                raise ValueError(
-                    f"'{name}' has shape {tuple(value.shape)} in {source} and"
-                    f" {tuple(own[name].shape)} in {type(module).__name__}: build the module with"
-                    " the sizes that it was trained with"
-                )
+        for name, value in values.items():
             own[name].copy_(value)
 
 

@@ -51,7 +51,9 @@ def export_merge(
     heads = {}
     for name in joint.tasks:
         state = merged.state_of(name)
-        heads[name] = {k: v for k, v in state.items() if not k.startswith(prefix[first.name])}
+        own_head = {k: v for k, v in state.items() if not k.startswith(prefix[first.name])}
+        if own_head:
+            heads[name] = own_head
     if tokenizer is None:
         for owner in (first.module, first.data):
             tokenizer = tokenizer or getattr(owner, "tokenizer", None)

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from mats_lightning import huggingface
 from mats_lightning.names import plain_name
@@ -17,6 +18,19 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
+    """Raises ValueError for one that is no scalar with a gradient, or not finite."""
+    loss = value_of_loss(model, batch, index, loss_fn)
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
+            " let a parameter that it depends on train, or pass loss_fn=lambda model, batch: ..."
+        )
+    check_finite(loss, index)
+    return loss
+
+
+def value_of_loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
+    """Raises ValueError for one that is no scalar."""
     if loss_fn is not None:
         loss: Any = loss_fn(model, batch)
     elif isinstance(model, pl.LightningModule):
@@ -29,12 +43,11 @@ def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) ->
         loss = output["loss"] if isinstance(output, Mapping) else output
     else:
         loss = huggingface.output_of(model, batch).loss
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+    if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(
             f"the loss of batch {index} is {loss!r}; a scalar tensor with a gradient is needed:"
             " pass loss_fn=lambda model, batch: ..., and labels in the batch"
         )
-    check_finite(loss, index)
     return loss
 
 
@@ -54,10 +67,16 @@ def check_finite(loss: Tensor, index: int) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module's own mode put back after; what a LightningModule logs is dropped."""
-    modes = {module: module.training for module in model.modules()}
-    loggers = {m: vars(m).get("log") for m in modes if isinstance(m, pl.LightningModule)}
-    model.eval()
+    """Eval mode, each module's own mode put back after; what a LightningModule logs is dropped.
+
+    Metrics that were empty before are so again: a training_step may have filled them.
+    """
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    loggers = {m: vars(m).get("log") for m in modules if isinstance(m, pl.LightningModule)}
+    empty = [m for m in modules if isinstance(m, Metric) and not m.update_called]
+    if training:
+        model.eval()
     for logger in loggers:
         logger.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     try:
@@ -67,17 +86,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             del logger.log
             if log is not None:  # of a pass around this one
                 logger.log = log  # type: ignore[method-assign]
-        for module, training in modes.items():
-            module.training = training
+        for metric in empty:
+            if metric.update_called:
+                metric.reset()
+        for module in training:
+            module.training = True
 
 
 def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
     """As Lightning does it: named tuples, a tokenizer's BatchEncoding, a module's own hooks."""
     if not isinstance(model, pl.LightningModule):
         return move_data_to_device(batch, device)
-    batch = model.on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = model.transfer_batch_to_device(batch, device, dataloader_idx=0)
-    return model.on_after_batch_transfer(batch, dataloader_idx=0)
+    batch = model.on_before_batch_transfer(batch, 0)
+    batch = model.transfer_batch_to_device(batch, device, 0)
+    return model.on_after_batch_transfer(batch, 0)
 
 
 @contextmanager

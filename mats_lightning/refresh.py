@@ -13,7 +13,7 @@ their rows.
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -121,10 +121,13 @@ class _Refresh:
         self.device = trainer.strategy.root_device
         self.heads: dict[str, State] = {}  # that were fitted to them
         self.losses: dict[str, float] = {}  # of the last validation, where losses judge
+        self.evidence = MergeResult({})  # how the solves of the state went
         self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
         module.merge(self.device, progress)
         # the merged parameters, after the rounds that are done
         self.state = self._in_modules_dtypes(module.shared_state())
+        own = {name: block for name, block in module.blocks.items() if name in self.state}
+        self.evidence = MergeResult({}, own)
         self.before = module.own_heads()  # of the merge, or fitted to it earlier
         self.how_before = module.refreshed
         if plan.heads and not self.before:
@@ -132,7 +135,7 @@ class _Refresh:
                 f"heads={plan.heads}: no task has a head of its own to fit; for steps of what is"
                 " merged alone pass heads=(), rounds=1"
             )
-        names_with(plan.kept, list(self.state), "kept")
+        self.kept = names_with(plan.kept, list(self.state), "kept")
         self.folder = Folder(Path(folder))
         self.about_tasks = self._about_tasks()
         done = self.folder.history(asdict(plan), self.about_tasks, self.state)
@@ -154,7 +157,8 @@ class _Refresh:
                 "metric": task.metric,
                 "weight": self.module.task_weights[name],
                 "head": digest({n: task.weights[n] for n in merged_heads.get(name, ())}),
-                "rows": self.tasks.rows_of(name),
+                "rows": self.tasks.choice[name],
+                "number of validation batches": self.tasks.validated(name),
             }
             for name, task in self.module.tasks.items()
         }
@@ -166,7 +170,7 @@ class _Refresh:
         except BaseException:
             how = self._how(self.rounds) if self.rounds else self.how_before
             if self.plan.rounds:
-                self.module.replace_shared(MergeResult(self.state), how)
+                self.module.replace_shared(replace(self.evidence, state_dict=self.state), how)
             if self.before:
                 self.module.replace_heads(self.before | self.heads, how)
             self.module.scores = {}
@@ -177,6 +181,8 @@ class _Refresh:
         if rounds:
             kept = last_kept(rounds)
             self.state, self.heads = self.folder.state(kept), self.folder.heads(kept)
+            if kept:
+                self.evidence = MergeResult({})  # of an earlier process
             self._put(rounds)
         else:
             rounds.append(self._round_0())
@@ -189,7 +195,7 @@ class _Refresh:
             last = rounds[-1]
             rank_zero_info(
                 f"refresh, round {last.number}: {rounds[-2].average:.4f} -> {last.average:.4f} on"
-                f" validation, "
+                f" validation, {_told(rounds[-2:])}"
                 + (f"step {last.step:g}" if last.taken else "every step was worse: taken back")
             )
         self.module.scores = {}  # those of the rounds chose them: no card shows them as its own
@@ -201,12 +207,13 @@ class _Refresh:
         tried: dict[str, float] = {}
         fitted: dict[str, int] = {}
         if self.plan.heads:
-            tried["0"] = mean(self.module.scores.values())
+            tried["0"] = self._judged()
             fitted, seconds["heads"] = self._fit_heads([])
             seconds["validation"] += self._validate()
-            self.heads = {name: self.module.own_heads()[name] for name in fitted}
-            after = mean(self.module.scores.values())
-            rank_zero_info(f"refresh, heads: {tried['0']:.4f} -> {after:.4f} on validation")
+            self.heads = self._fitted(fitted)
+            rank_zero_info(
+                f"refresh, heads: {tried['0']:.4f} -> {self._judged():.4f} on validation"
+            )
         return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted, self.losses)
 
     def _round(self, number: int, before: list[Round]) -> Round:
@@ -214,8 +221,9 @@ class _Refresh:
         result, seconds = self._trained() if self.plan.by == "training" else self._solved(number)
         seconds |= {"heads": 0.0, "validation": 0.0}
         start, step, tried = self.state, self.plan.step, {}
+        whole = step if self.plan.by == "solving" else 1.0  # what the result has gone of it
         for _ in range(self.plan.tries):
-            state = _between(start, result.state_dict, step / self.plan.step)
+            state = _between(start, result.state_dict, step / whole)
             how = self._how(before)
             self.module.replace_shared(replace(result, state_dict=state), how)
             self.module.replace_heads(self.heads, how)
@@ -225,11 +233,11 @@ class _Refresh:
                 seconds["heads"] += took
             seconds["validation"] += self._validate()
             scores = dict(self.module.scores)
-            tried[str(step)] = mean(scores.values())
+            tried[str(step)] = self._judged()
             done = Round(number, step, scores, tried, seconds, fitted, self.losses)
             if done.is_no_worse(before[-1]):
-                self.state = state
-                self.heads = {name: self.module.own_heads()[name] for name in fitted}
+                self.state, self.evidence = state, result
+                self.heads = self._fitted(fitted)
                 return done
             step /= 2
         return replace(before[-1], number=number, step=0.0, tried=tried, seconds=seconds)
@@ -237,7 +245,7 @@ class _Refresh:
     def _trained(self) -> tuple[MergeResult, dict[str, float]]:
         """The state after a step, and the seconds."""
         started = time.perf_counter()
-        state = self.tasks.trained(self.state)
+        state = self.tasks.trained(self.state, self.kept)
         return MergeResult(state), {"training": time.perf_counter() - started}
 
     def _solved(self, number: int) -> tuple[MergeResult, dict[str, float]]:
@@ -245,6 +253,11 @@ class _Refresh:
         statistics = self.tasks.statistics(number, self.state, self.folder)
         started = time.perf_counter()
         result = self._step(statistics)
+        if stay := result.uncovered:
+            rank_zero_info(
+                f"refresh: {len(stay)} parameters without a statistic of this objective stay as"
+                f" they are: {', '.join(stay[:4])}{', ...' if len(stay) > 4 else ''}"
+            )
         return result, {
             "statistics": sum(task.info["seconds"] for task in statistics),
             "solve": time.perf_counter() - started,
@@ -268,6 +281,15 @@ class _Refresh:
             kept=plan.kept,
             weights=list(self.module.task_weights.values()),
         )
+
+    def _judged(self) -> float:
+        """The number that decides."""
+        return mean((self.losses or self.module.scores).values())
+
+    def _fitted(self, names: Iterable[str]) -> dict[str, State]:
+        """Their heads, as they are."""
+        heads = self.module.own_heads()
+        return {name: heads[name] for name in names}
 
     def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
         """To the weights in place: task -> iterations; the seconds."""
@@ -295,7 +317,8 @@ class _Refresh:
 
     def _put(self, rounds: list[Round]) -> None:
         if self.plan.rounds:
-            self.module.replace_shared(MergeResult(self.state), self._how(rounds))
+            result = replace(self.evidence, state_dict=self.state)
+            self.module.replace_shared(result, self._how(rounds))
         if self.heads:
             self.module.replace_heads(self.heads, self._how(rounds))
 
@@ -303,6 +326,12 @@ class _Refresh:
         """For the model card."""
         plan = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan).items()}
         return plan | {"rounds": sum(done.taken for done in rounds)}
+
+
+def _told(rounds: Sequence[Round]) -> str:
+    """The losses before and after, where they decide."""
+    before, after = rounds
+    return f"losses {before.judged:.4f} -> {after.judged:.4f}, " if after.losses else ""
 
 
 def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> State:

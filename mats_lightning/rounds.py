@@ -41,9 +41,11 @@ class RefreshPlan:
             is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
             is tried. () leaves heads as they are.
         rows: of each task, the same in every round.
-        mix, step, iterations, damping, preconditioner_damping, radius, normalize, objective,
-            kept: of `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping
-            (0.01, say): the gradient of few rows has noise where they have no curvature.
+        mix, iterations, damping, preconditioner_damping, radius, normalize, objective: of
+            `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping (0.01, say):
+            the gradient of few rows has noise where they have no curvature.
+        step: how far to go of what is solved for or trained, at first.
+        kept: regular expressions for names of parameters that stay as they are.
         fisher: of the curvature: "empirical" or "sampled".
         epochs, learning_rate: of the training.
         labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
@@ -87,6 +89,8 @@ class RefreshPlan:
         for name in ("rounds", "rows", "iterations", "tries", "epochs"):
             if getattr(self, name) < (lowest := int(name != "rounds")):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
+        if not self.rounds and self.by == "training":
+            raise ValueError("by='training' and rounds=0: nothing would train; give rounds=1")
         if not self.rounds and not self.heads:
             raise ValueError("rounds=0 and heads=(): there is nothing to do")
         if any(count < 1 for count in self.heads):
@@ -119,7 +123,7 @@ class Round:
     number: int
     step: float  # that was taken; 0 where every one that was tried made validation worse
     scores: dict[str, float]  # task -> primary metric on validation, after the round
-    tried: dict[str, float]  # step -> average on validation; "0" is the merge with its own heads
+    tried: dict[str, float]  # step -> what judges, a mean; "0" is the merge with its own heads
     # statistics, solve (or training), heads, validation
     seconds: dict[str, float] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)  # task -> iterations, where one was fitted
@@ -131,9 +135,12 @@ class Round:
 
     def is_no_worse(self, before: "Round") -> bool:
         """By what the plan's judge says."""
-        if self.losses:
-            return mean(self.losses.values()) <= mean(before.losses.values())
-        return self.average >= before.average
+        return self.judged <= before.judged if self.losses else self.judged >= before.judged
+
+    @property
+    def judged(self) -> float:
+        """The mean loss where losses decide, or else the mean score."""
+        return mean((self.losses or self.scores).values())
 
     @property
     def taken(self) -> bool:
@@ -177,20 +184,21 @@ class Folder:
         known = self._known()
         if known is None:
             return []
+        before = _as_kept(asdict(RefreshPlan())) | known.plan  # of a version with fewer fields
         for name, value in _as_kept(plan).items():
-            if name != "rounds" and known.plan.get(name) != value:
+            if name != "rounds" and before[name] != value:
                 raise ValueError(
-                    f"{self.path} holds a refresh with {name}={known.plan.get(name)!r}, and this"
-                    f" one has {value!r}: give the same plan to go on, or another folder"
+                    f"{self.path} holds a refresh with {name}={before[name]!r}, and this one has"
+                    f" {value!r}: give the same plan to go on, or another folder"
                 )
         of_tasks = _as_kept(tasks)
         for task in sorted(known.tasks.keys() | of_tasks.keys()):
-            before, now = known.tasks.get(task), of_tasks.get(task)
-            if before != now:
+            then, now = known.tasks.get(task), of_tasks.get(task)
+            if then != now:
                 odd = "is in one of the two alone"
-                if before and now:
-                    both = {*before, *now}
-                    odd = f"has another {min(w for w in both if before.get(w) != now.get(w))}"
+                if then and now:
+                    changed = min(w for w in {*then, *now} if then.get(w) != now.get(w))
+                    odd = f"has another {changed}"
                 raise ValueError(
                     f"{self.path} holds a refresh of other tasks: '{task}' {odd}. Give the same"
                     " tasks to go on, or another folder"

@@ -163,7 +163,8 @@ def logits_and_mask(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Te
     """What a `logits_fn` gave, checked: the logits, and which of their positions count.
 
     The mask is bool, (N, R) of logits (N, R, C), and None where all count. Raises ValueError for
-    logits of another shape or without gradient, and for a mask that does not fit them.
+    logits of another shape, or without gradient where there are gradients, and for a mask that does
+    not fit them.
     """
     logits, keep = given if isinstance(given, tuple) else (given, None)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -172,7 +173,7 @@ def logits_and_mask(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Te
             f"logits_fn gives {shape} for a batch of {examples} examples; it must give a tensor"
             f" ({examples}, classes), or ({examples}, positions, classes)"
         )
-    if not logits.requires_grad:
+    if torch.is_grad_enabled() and not logits.requires_grad:
         raise ValueError(
             "the logits of logits_fn have no gradient: it must call the model without"
             " torch.no_grad, and detach nothing"

@@ -2,14 +2,17 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import track
 from torch import nn
 
@@ -20,7 +23,7 @@ from mats_lightning.joint_training import train_together
 from mats_lightning.measuring import statistics_at
 from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
-from mats_lightning.passes import LossFn, evaluating, loss_of, to_device
+from mats_lightning.passes import LossFn, evaluating, to_device, value_of_loss
 from mats_lightning.products import lora_of
 from mats_lightning.rounds import Folder, RefreshPlan, State
 from mats_lightning.sampled import LogitsFn
@@ -28,6 +31,8 @@ from mats_lightning.sidecar import check_belongs, load_statistics, save_statisti
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.record import GRADIENT
 from mats_lightning.tasks import Task
+
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TaskRounds:
@@ -54,8 +59,13 @@ class TaskRounds:
             precision=trainer.precision,
             limit_val_batches=trainer.limit_val_batches,
         )
-        for task in module.tasks.values():
-            self._batches(task)  # says now where there are none
+        # how many rows there are to choose from; None where batches are given
+        self.choice: dict[str, int | None] = {}
+        # asked for once: a setup that splits at random gives other rows each time
+        self._rows = {name: self._picked(task) for name, task in module.tasks.items()}
+        self._validation = {
+            name: task.dataloader("validate", trainer) for name, task in module.tasks.items()
+        }
 
     def fit_heads(self) -> tuple[dict[str, int], dict[str, State]]:
         """Each task's own head to the weights in place: task -> iterations, task -> head."""
@@ -65,12 +75,12 @@ class TaskRounds:
             task = self.module.tasks[name]
             loss_fn, teacher = None, None
             trained = map(plain_name, dict(task.module.named_parameters()))
-            with self._on_device(task.module):
+            with self._on_device(task):
                 if self.plan.labels == "teacher":
                     loss_fn, teacher = self._teacher(task)
                 found = fit_head(
                     task.module,
-                    self._batches(task),
+                    self._rows[name],
                     [n for n in trained if n in own[name]],
                     iterations=self.plan.heads,
                     loss_fn=loss_fn,
@@ -82,41 +92,43 @@ class TaskRounds:
             heads[name] = {n: state[n].detach().clone() for n in own[name]}
         return fitted, heads
 
-    def trained(self, state: State) -> State:
+    def trained(self, state: State, kept: Collection[str]) -> State:
         """The shared parameters after training from here, heads along where the plan fits them."""
         tasks = self.module.tasks
         loss_fns: dict[str, LossFn | None] = dict.fromkeys(tasks)
         if self.plan.labels == "teacher":
             loss_fns = {name: self._teacher(task)[0] for name, task in tasks.items()}
-        return train_together(
-            {name: task.module for name, task in tasks.items()},
-            state,
-            {name: self._batches(task) for name, task in tasks.items()},
-            heads=self.module.own_heads() if self.plan.heads else {},
-            loss_fns=loss_fns,
-            weights=self.module.task_weights,
-            epochs=self.plan.epochs,
-            learning_rate=self.plan.learning_rate,
-            device=self.device,
-            seed=self.plan.seed,
-            progress=self.progress,
-        )
+        with ExitStack() as stack:
+            for task in tasks.values():
+                stack.enter_context(self._with_hooks(task))
+            return train_together(
+                {name: task.module for name, task in tasks.items()},
+                state,
+                self._rows,
+                heads=self.module.own_heads() if self.plan.heads else {},
+                loss_fns=loss_fns,
+                weights=self.module.task_weights,
+                epochs=self.plan.epochs,
+                learning_rate=self.plan.learning_rate,
+                device=self.device,
+                kept=kept,
+                seed=self.plan.seed,
+                progress=self.progress,
+            )
 
     def losses(self) -> dict[str, float]:
-        """task -> the mean over its validation batches of the loss to the plan's labels."""
+        """task -> the mean over its validation batches of the loss to the plan's labels.
+
+        Raises ValueError for a loss that is no scalar.
+        """
         found = {}
         for name, task in self.module.tasks.items():
             loss_fn = self._teacher(task)[0] if self.plan.labels == "teacher" else None
-            loader = task.dataloader("validate", self.trainer)
-            share = self.trainer.limit_val_batches
-            count = share if isinstance(share, int) else None
-            if isinstance(share, float) and share < 1:
-                count = int(share * len(loader))
             losses = []
-            with self._on_device(task.module), evaluating(task.module):
-                for index, batch in enumerate(islice(loader, count)):
+            with self._on_device(task), evaluating(task.module), torch.no_grad():
+                for index, batch in enumerate(islice(self._validation[name], self.validated(name))):
                     moved = to_device(task.module, batch, self.device)
-                    losses.append(loss_of(task.module, moved, index, loss_fn).item())
+                    losses.append(value_of_loss(task.module, moved, index, loss_fn).item())
             found[name] = mean(losses)
         return found
 
@@ -158,42 +170,65 @@ class TaskRounds:
         options: dict[str, Any] = {}
         if plan.fisher == "sampled":
             options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
-        with self._on_device(task.module):
+        with self._on_device(task):
             if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
                 options["loss_fn"], _ = self._teacher(task)
             return statistics_at(
                 task.module,
                 state,
-                self._batches(task),
+                self._rows[task.name],
                 plan.statistics,
                 max_examples=plan.rows,
                 progress=self.progress,
                 **options,
             )
 
-    def rows_of(self, name: str) -> int | None:
-        """How many a task has to choose from; None where its batches are given."""
-        if name in self.loaders:
-            return None
-        return len(rows_to_pick(self.module.tasks[name].dataloader("fit", self.trainer)))
+    def validated(self, name: str) -> int | None:
+        """How many batches a task validates on; None for all of a loader without a length."""
+        count, limit = sized_len(self._validation[name]), self.trainer.limit_val_batches
+        if isinstance(limit, int):
+            return limit if count is None else min(limit, count)
+        return None if count is None else int(count * (1.0 if limit is None else limit))
 
-    def _batches(self, task: Task) -> Iterable[Any]:
+    def _picked(self, task: Task) -> Iterable[Any]:
         if task.name in self.loaders:
+            self.choice[task.name] = None
             return self.loaders[task.name]
         loader = task.dataloader("fit", self.trainer)
         try:
+            self.choice[task.name] = len(rows_to_pick(loader))
             return first_rows(loader, self.plan.rows, self.plan.seed)
         except ValueError as error:
             raise ValueError(f"task '{task.name}': {error}") from error
 
     @contextmanager
-    def _on_device(self, module: pl.LightningModule) -> Iterator[None]:
-        """The trainer leaves modules on the CPU."""
-        module.to(self.device)
+    def _on_device(self, task: Task) -> Iterator[None]:
+        """The task's module, which the trainer leaves on the CPU."""
+        with self._with_hooks(task):
+            task.module.to(self.device)
+            try:
+                yield
+            finally:
+                task.module.cpu()
+
+    @contextmanager
+    def _with_hooks(self, task: Task) -> Iterator[None]:
+        """Batches come to the module as in a trainer: by hooks of its data module, if any."""
+        module, data = task.module, task.data
+        hooks = [
+            hook
+            for hook in TRANSFERS
+            if isinstance(data, pl.LightningDataModule) and is_overridden(hook, data)
+        ]
+        module.trainer = self.trainer
+        for hook in hooks:
+            setattr(module, hook, getattr(data, hook))
         try:
             yield
         finally:
-            module.cpu()
+            for hook in hooks:
+                delattr(module, hook)
+            module.trainer = None
 
 
 def with_older(found: Statistics, older: Statistics, decay: float) -> Statistics:

@@ -21,6 +21,7 @@ from mats_lightning import MergeModule, RefreshPlan
 
 RIVALS = ("together", "from the merge")
 SPLITS = ("validation", "test")
+FITTING = ("heads", "rows", "labels", "seed")  # fields of a plan that decide its round 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Line:
             return None
         merge, count = self.point
         plan = {name: value for name, value in asdict(self.plan).items() if name != "rounds"}
+        if not number:  # before any step
+            plan = {name: plan[name] for name in FITTING} if self.plan.heads else {}
         return {**merge.key(count, split), "plan": plan, "round": number}
 
 
@@ -228,7 +231,7 @@ class RefreshTable:
 
     def _settings(self, line: Line) -> dict[str, Any]:
         """What decides a line's rounds: its key, and the fine-tunes and rows of its seed."""
-        return {**self.seed.cells.about, **(line.key(0, "") or {})}
+        return {**self.seed.cells.about, **(line.key(1, "") or {})}
 
     def _run_rival(self, bench: Bench, label: str) -> None:
         plan, steps = self._plan_of_rivals(), bench.steps

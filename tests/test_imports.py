@@ -124,7 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "sidecar",
         "statistics",
     },
-    "joint_training": {"names", "passes"},
+    "joint_training": {"names", "passes", "tied"},
     "task_rounds": {
         "batches",
         "distillation",
@@ -170,6 +170,7 @@ KNOW_LIGHTNING = {
     "callback",
     "collect",
     "evaluation",
+    "joint_training",
     "merge_folder",
     "module",
     "passes",

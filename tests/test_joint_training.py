@@ -1,7 +1,8 @@
 """Training of what tasks share: against a model that really shares it, and what it leaves alone."""
 
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_module import SHARED, Suite, make_trainer, rows, suite
 from test_refresh import assert_same, differ, logits_of, merged, refreshed, taking
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from mats_lightning import RefreshPlan, refresh
 from mats_lightning.joint_training import train_together
@@ -181,6 +183,115 @@ def test_what_cannot_be_trained_is_said() -> None:
         train(modules, shared=half)
 
 
+# -- parameters of all kinds ---------------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """Its weight's gradient lies in memory otherwise than the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, D, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nd,hdk->nhk", x, self.weight).tanh().flatten(1)
+
+
+def test_gradients_may_lie_in_memory_as_they_like() -> None:
+    torch.manual_seed(0)
+    modules: dict[str, Any] = {
+        task: nn.Sequential(OrderedDict(body=Turned(), head=nn.Linear(6, n).double()))
+        for task, n in CLASSES.items()
+    }
+    x, y = data()["a"][0]
+    loss = F.cross_entropy(modules["a"](x), y)
+    weight = modules["a"].body.weight
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.stride() != weight.stride()  # what this test is for
+    start = {"body.weight": weight.detach().clone()}
+    found, came = train(modules, shared=start)
+    body = copy.deepcopy(modules["a"].body)
+    body.weight.data = start["body.weight"].clone()
+    own = {task: copy.deepcopy(net.head) for task, net in modules.items()}
+    parameters = [body.weight, *(p for head in own.values() for p in head.parameters())]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for step, (task, (x, y)) in enumerate(came):
+        optimizer.param_groups[0]["lr"] = 0.05 * min(
+            (step + 1) / len(came) * 10, 1 - step / len(came)
+        )
+        F.cross_entropy(own[task](body(x)), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(found["body.weight"], body.weight.detach(), rtol=1e-9, atol=1e-12)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(D, D)
+        self.again = nn.Linear(D, D)
+        self.again.weight = self.body.weight
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.again(self.body(x).tanh()))
+        return logits
+
+
+@pytest.mark.parametrize("kept", [(), ("body.weight",), ("again.weight",)])
+def test_tied_parameters_train_as_one(kept: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    modules: Any = {task: Tied().double() for task in CLASSES}
+    state = modules["a"].state_dict()
+    start = {n: t.detach().clone() for n, t in state.items() if not n.startswith("head")}
+    found, _ = train(modules, shared=start, kept=kept)
+    assert torch.equal(found["body.weight"], found["again.weight"])
+    assert torch.equal(found["body.weight"], start["body.weight"]) == bool(kept)
+    assert not torch.equal(found["body.bias"], start["body.bias"])
+    assert list(found) == list(start)
+
+
+def test_where_nothing_trains_it_is_said() -> None:
+    modules = nets()
+    for net in modules.values():
+        net.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing trains: all shared parameters are frozen"):
+        train(modules, loss_fns=dict.fromkeys(modules))
+
+
+def test_loaders_without_a_length() -> None:
+    class Stream(IterableDataset[Rows]):
+        def __init__(self, rows: list[Rows]) -> None:
+            self.rows = rows
+
+        def __iter__(self) -> Iterator[Rows]:
+            return iter(self.rows)
+
+    rows = data()
+    streams = {task: DataLoader(Stream(own), batch_size=None) for task, own in rows.items()}
+    found, came = train(nets(), batches=streams)
+    wanted, _ = train(nets())
+    assert_same(found, wanted)
+    assert len(came) == 3 * sum(map(len, rows.values()))
+
+
+def test_modules_are_put_back_where_they_could_not_be_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = nets()
+    before = {task: [p.data_ptr() for p in net.parameters()] for task, net in modules.items()}
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(modules["b"], "to", full)
+    with pytest.raises(MemoryError):
+        train(modules)
+    for task, net in modules.items():
+        assert [p.data_ptr() for p in net.parameters()] == before[task]
+        assert all(p.requires_grad for p in net.parameters())
+
+
 # -- as a round of a refresh -------------------------------------------------------------------
 
 
@@ -219,6 +330,18 @@ def test_training_brings_the_loss_down_and_half_of_it_is_tried(
     assert loss(module) < before
     moved = [after["body.0.weight"] - start["body.0.weight"] for after in seen[1:]]
     torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_kept_does_not_train(suite: Suite) -> None:
+    module = merged(suite)
+    module.merge()
+    start = module.shared_state()
+    options: dict[str, Any] = {"judge": "loss", "learning_rate": 0.01, "kept": ("body.0",)}
+    rounds = refreshed(module, by="training", **options)
+    assert rounds[1].taken
+    found = module.shared_state()
+    for name in start:
+        assert torch.equal(found[name], start[name]) == name.startswith("body.0"), name
 
 
 def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:

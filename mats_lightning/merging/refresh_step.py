@@ -150,6 +150,8 @@ def refresh_step(
             if radius is not None and thetas:
                 away = [theta[name].detach().to(theta_m) for theta in thetas]
                 reach = radius * distance(away, theta_m)
+                if mix > 0 and not reach:  # all tasks are there: the gradient says how far to go
+                    reach = math.inf
             delta, block = torch.zeros_like(b), Block(kind_of[name], 0, [0.0], True, False)
             if any(scales):  # or else there is no curvature in any task
                 solution = solver.solve(operators, b, delta, [iterations], reach)

@@ -126,7 +126,8 @@ def _states(
 
     def mean_loss() -> Tensor:
         """And its gradients, as L-BFGS wants them."""
-        total = torch.zeros((), device=values[0].device)
+        wide = torch.promote_types(values[0].dtype, torch.float32)
+        total = torch.zeros((), device=values[0].device, dtype=wide)
         for value in values:
             value.grad = torch.zeros_like(value)
         for index, (batch, size) in enumerate(zip(rows, sizes, strict=True)):
@@ -151,12 +152,17 @@ def _states(
     )
     states: dict[int, dict[str, Tensor]] = {0: _copy(parameters)}
     losses: dict[int, float] = {}
+    last, state = 0.0, states[0]
     for count in range(1, counts[-1] + 1):
-        before = float(optimizer.step(replayed))
+        last = float(optimizer.step(replayed))  # before the step
         if count - 1 in states:
-            losses[count - 1] = before
+            losses[count - 1] = last
+        if all(torch.equal(parameters[name], state[name]) for name in parameters):
+            rest = [later for later in counts if later >= count]  # it has arrived
+            return states | dict.fromkeys(rest, state), losses | dict.fromkeys(rest, last)
+        state = _copy(parameters)
         if count in counts:
-            states[count] = _copy(parameters)
+            states[count] = state
     losses[counts[-1]] = float(replayed())
     return states, losses
 
@@ -169,7 +175,11 @@ def _scores(
 ) -> dict[int, float]:
     scores: dict[int, float] = {}
     tape: Tape | None = None
-    for count, state in states.items():
+    for count, state in sorted(states.items()):
+        same = [known for known in scores if states[known] is state]
+        if same:
+            scores[count] = scores[same[0]]
+            continue
         _put(parameters, state)
         if tape is None:
             with replay.recording() as tape:

@@ -377,3 +377,49 @@ def test_a_body_with_two_names_is_replayed_once(model: Model) -> None:
     assert torch.equal(other.net.head.weight, model.head.weight)
     assert torch.equal(other.net.head.bias, model.head.bias)
     assert other.net.counted.runs == 3
+
+
+def test_a_fit_that_has_arrived_goes_no_further() -> None:
+    """200 iterations are those of torch's L-BFGS, without the ones that change nothing."""
+    torch.manual_seed(0)
+    last = nn.Linear(5, 3)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), last).double()
+    x, y = torch.randn(60, 6).double(), torch.randint(3, (60,))
+    start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    calls, scored = 0, []
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    def score() -> float:
+        scored.append(1)
+        return -float(nn.functional.cross_entropy(net(x), y))
+
+    counts = (20, 100, 200, 500)
+    head = ["2.weight", "2.bias"]
+    found = fit_head(net, [(x, y)], head, iterations=counts, loss_fn=loss, score=score)
+    stopped = calls
+    assert stopped < 200 and len(scored) < 1 + len(counts)
+    assert found.scores.keys() == {0, *counts} == found.losses.keys()
+    assert found.losses[200] == found.losses[500] and found.scores[200] == found.scores[500]
+
+    net.load_state_dict(start)
+    found = fit_head(net, [(x, y)], head, iterations=[500], loss_fn=loss)
+    net.load_state_dict(start)
+    values = [last.weight, last.bias]
+    optimizer = torch.optim.LBFGS(
+        values, max_iter=1, max_eval=25, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(net(x), y)
+        torch.autograd.backward(value)
+        return value
+
+    for _ in range(500):
+        optimizer.step(closure)
+    for name, value in zip(head, values, strict=True):
+        torch.testing.assert_close(found.state[name], value.detach(), rtol=1e-9, atol=1e-9)

@@ -140,13 +140,15 @@ class Merged:
         """
         if SHARED not in self._states:
             raise ValueError(
-                f"'{self._method}' merges nothing: there is no merged state to replace"
+                f"'{self._method}' merges nothing: there is no merged state to replace, but heads"
+                " can be fitted to it, with RefreshPlan(rounds=0)"
             )
         if self._lora_rank is not None:
             raise ValueError(
                 f"lora_rank={self._lora_rank} merges the products of LoRA factors, and what it"
                 " makes of them are no task's own factors: nothing can be put in their place. To"
-                " refresh a merge of adapters, merge factor by factor (no lora_rank)"
+                " refresh a merge of adapters, merge factor by factor (no lora_rank), or fit heads"
+                " alone, with RefreshPlan(rounds=0)"
             )
         check_models([self._states[SHARED][self.in_use].state_dict, result.state_dict])
         self._states[SHARED] = {self.in_use: result}

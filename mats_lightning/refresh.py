@@ -1,14 +1,13 @@
 """Refresh: each task's head fitted to the merged weights, and rounds of steps from there.
 
     merged weights -> each task's own head, fitted to what they give it
-                   -> each task's statistics at them -> merging.refresh_step -> merged weights
-                   or training on all tasks' rows                            -> merged weights
+                   -> training on all tasks' rows                                 -> merged weights
+                   or each task's statistics at them -> merging.refresh_step      -> merged weights
 
 Where tasks lie far apart, heads that do not fit the merged weights, and curvature that was taken at
-each task's own, are what limits a merge. A refresh needs some hundred rows a task, of which labels
-are needed for heads, the empirical Fisher and the gradient, unless a task's own model stands in for
-them (labels="teacher"). `measuring` has the two halves of a round for parties that do not share
-their rows.
+each task's own, are what limits a merge. A refresh needs some hundred rows a task; in place of
+labels it takes what the task's own model predicts, unless it is told to use them
+(labels="data"). `measuring` has the two halves of a round for parties that do not share their rows.
 """
 
 import os
@@ -58,7 +57,8 @@ def refresh(
     `module.scores` is empty until the next test.
 
     Arguments:
-        plan: RefreshPlan() by default, which fits heads.
+        plan: RefreshPlan() by default: heads fitted, then one round of training, towards what the
+            tasks' own models predict.
         module: the merge. Merged heads stay as they are; without `plan.heads` all heads do. Each
             task has the weight that it had in the merge.
         trainer: for `validate`; one device. The default is a quiet one on what there is.
@@ -95,7 +95,7 @@ def refresh(
     if plan.labels == "teacher" and logits_fn is None:
         raise ValueError(
             "labels='teacher' needs the logits of the tasks' modules: pass logits_fn=lambda"
-            " module, batch: ..."
+            " module, batch: ...; or give RefreshPlan(labels='data')"
         )
     if unknown := sorted(set(loaders or ()) - set(module.tasks)):
         known = ", ".join(module.tasks)

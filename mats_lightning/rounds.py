@@ -34,9 +34,9 @@ class RefreshPlan:
     Arguments:
         rounds: steps of the shared parameters, at most; one that cannot be kept is the last. A
             folder may hold more: they stay there. 0 is for heads alone.
-        by: how a round finds its step: "solving" an equation, with curvature that is taken anew
-            (`merging.refresh_step`), or "training" on the rows, heads along with what is shared
-            (`joint_training.train_together`).
+        by: how a round finds its step: by "training" on the rows, heads along with what is shared
+            (`joint_training.train_together`), or by "solving" an equation, with curvature that is
+            taken anew (`merging.refresh_step`).
         heads: iterations to choose from, a task at a time on its validation rows, when its own head
             is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
             is tried. () leaves heads as they are.
@@ -49,22 +49,22 @@ class RefreshPlan:
         fisher: of the curvature: "empirical" or "sampled".
         epochs, learning_rate: of the training.
         labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
-            those of the "data", or what the task's own model predicts ("teacher", which needs
-            `logits_fn`; see `distillation.soft_targets`).
+            what the task's own model predicts ("teacher", which needs `logits_fn` and no labels;
+            see `distillation.soft_targets`), or those of the "data".
         decay: what the sums of the rounds before count beside a round's own: averages the
             curvature, not the gradient.
         tries: steps that a round tries, each half of the one before, until validation is no worse
             than before the round. After the last the round is taken back.
-        judge: what says so, a mean over tasks: the "score", their primary metrics, or the "loss" to
-            `labels` (the module's training_step on validation batches, or the distance to what the
-            task's own model predicts), which tells small differences on few rows better.
+        judge: what says so, a mean over tasks: the "loss" to `labels` (the distance to what the
+            task's own model predicts, or the module's training_step on validation batches), which
+            tells small differences on few rows, or the "score", their primary metrics.
         seed: of the choice of rows, of drawn labels and of the training's order.
 
     Raises ValueError for values out of range.
     """
 
-    rounds: int = 0
-    by: Literal["solving", "training"] = "solving"
+    rounds: int = 1
+    by: Literal["training", "solving"] = "training"
     heads: tuple[int, ...] = ITERATIONS
     rows: int = 500
     mix: float = 0.0
@@ -79,18 +79,16 @@ class RefreshPlan:
     fisher: Fisher = "empirical"
     epochs: int = 2
     learning_rate: float = 2e-5
-    labels: Literal["data", "teacher"] = "data"
+    labels: Literal["teacher", "data"] = "teacher"
     decay: float = 0.0
     tries: int = 3
-    judge: Literal["score", "loss"] = "score"
+    judge: Literal["loss", "score"] = "loss"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "rows", "iterations", "tries", "epochs"):
             if getattr(self, name) < (lowest := int(name != "rounds")):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
-        if not self.rounds and self.by == "training":
-            raise ValueError("by='training' and rounds=0: nothing would train; give rounds=1")
         if not self.rounds and not self.heads:
             raise ValueError("rounds=0 and heads=(): there is nothing to do")
         if any(count < 1 for count in self.heads):

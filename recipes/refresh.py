@@ -1,11 +1,13 @@
-"""Merge, then refresh: each task's head fitted to the merged weights, and steps from there.
+"""Merge, then refresh: each task's head fitted to the merged weights, and training from there.
 
     python recipes/refresh.py                                    # seven text tasks, MiniLM
     python recipes/refresh.py --fast                             # the same on smaller slices
     python recipes/refresh.py --config recipes/merge_images.yaml # seven image tasks, DINOv2-S
     python recipes/refresh.py --plan.rows 200                    # any field of RefreshPlan
-    python recipes/refresh.py --plan.rounds 3 --plan.heads "[]"  # steps of the encoder alone
-    python recipes/refresh.py --plan.rounds 1 --plan.mix 1 --plan.fisher sampled --plan.damping 0.01
+    python recipes/refresh.py --plan.rounds 0                    # heads alone
+    python recipes/refresh.py --plan.by solving                  # the merge's equation, again
+    python recipes/refresh.py --plan.by solving --plan.mix 1 --plan.fisher sampled \\
+        --plan.damping 0.01                                      # a natural-gradient step
     python recipes/refresh.py --rivals                           # and what training would reach
     python recipes/refresh.py --rivals --rival_rates "[1e-5, 1e-4]"
 
@@ -62,7 +64,7 @@ class RefreshOptions:
     """What is set here beside the options of merge.py.
 
     Args:
-        plan: of the refresh; its `kept` is by default what the merge averages.
+        plan: of the refresh; `kept` of one that solves is by default what the merge averages.
         method: label of the merge in `methods`.
         rivals: also train on the same rows: the heads alone on the pretrained model (where the plan
             fits heads), all tasks together from the start, and from the merged weights for the

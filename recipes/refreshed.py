@@ -31,10 +31,10 @@ class Tested:
 
 
 def with_kept(plan: RefreshPlan, options: Mapping[str, Any]) -> RefreshPlan:
-    """What the plan keeps is by default what the merge with these options averages."""
+    """What a plan that solves keeps is by default what the merge with these options averages."""
     averaged = options.get("averaged", [])
     names = (averaged,) if isinstance(averaged, str) else tuple(averaged)
-    return plan if plan.kept else replace(plan, kept=names)
+    return plan if plan.kept or plan.by == "training" else replace(plan, kept=names)
 
 
 def run_plan(

@@ -346,8 +346,8 @@ def test_what_is_kept_does_not_train(suite: Suite) -> None:
 
 def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:
     module = merged(suite)
-    plan = RefreshPlan(rounds=1, by="training", epochs=3, learning_rate=0.01, rows=48)
-    rounds = refresh(module, plan, trainer=make_trainer(), progress=False)
+    plan = RefreshPlan(judge="score", epochs=3, learning_rate=0.01, rows=48)
+    rounds = refresh(module, plan, trainer=make_trainer(), logits_fn=logits_of, progress=False)
     assert set(rounds[1].heads) == set(module.tasks)
     assert rounds[1].average >= rounds[0].average
 
@@ -360,7 +360,7 @@ def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:
 def test_losses_are_of_validation_batches(suite: Suite, labels: str, limit: float | None) -> None:
     module = merged(suite)
     options: dict[str, Any] = {"labels": labels, "epochs": 3, "learning_rate": 0.01}
-    plan = RefreshPlan(rounds=1, by="training", judge="loss", heads=(), **options)
+    plan = RefreshPlan(heads=(), **options)
     trainer = make_trainer() if limit is None else make_trainer(limit_val_batches=limit)
     rounds = refresh(module, plan, trainer=trainer, logits_fn=logits_of, progress=False)
     assert rounds[1].taken

@@ -385,7 +385,7 @@ def test_teachers_are_the_tasks_own_models_whatever_was_merged(
 
     refresh(
         MergeModule(pair, "average", {"lora_rank": rank}),
-        RefreshPlan(heads=(1,), labels="teacher"),
+        RefreshPlan(rounds=0, heads=(1,)),
         trainer=pl.Trainer(
             accelerator="cpu",
             logger=False,

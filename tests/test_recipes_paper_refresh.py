@@ -10,32 +10,31 @@ import paper
 import paper_refresh
 import pytest
 import torch
+from classifier import logits
 from paper_seeds import Seed
 from paper_settings import read_setting
 from steps import Steps
 from test_recipes import WORDS, Crash, bert
 from test_recipes_paper import METHODS, own_cache, rows_of, run, seed_of, setting
+from test_refresh import SOLVING
 
 from mats_lightning import MergeModule, RefreshPlan, Task, refresh
 
 __all__ = ["bert", "own_cache"]  # fixtures
 
 KFAC = "MaTS kfac"
+MIXED = {"mix": 0.5, "damping": 0.1, "step": 0.01, **SOLVING}
 REFRESH: dict[str, Any] = {
-    "plans": {"heads": {"heads": [1, 5], "rows": 40}, "12 rows": {"heads": [5], "rows": 12}},
+    "plans": {
+        "heads": {"rounds": 0, "labels": "data", "heads": [1, 5], "rows": 40},
+        "12 rows": {"rounds": 0, "heads": [5], "rows": 12},
+    },
     "merges": [KFAC, "average"],
     "methods": ["pretrained"],
     "first_seed": {
-        "mix": {"rounds": 1, "rows": 40, "heads": [], "mix": 0.5, "damping": 0.1, "step": 0.01},
-        "heads, mix": {
-            "rounds": 1,
-            "rows": 40,
-            "heads": [1, 5],
-            "mix": 0.5,
-            "damping": 0.1,
-            "step": 0.01,
-        },
-        "far": {"rounds": 2, "rows": 40, "step": 1e6, "tries": 1, "heads": []},
+        "mix": {"rows": 40, "heads": [], **MIXED},
+        "heads, mix": {"rows": 40, "heads": [1, 5], **MIXED},
+        "far": {"rounds": 2, "rows": 40, "step": 1e6, "tries": 1, "heads": [], **SOLVING},
     },
     "learning_rates": [1e-9, 2e-2],
 }
@@ -83,7 +82,7 @@ def refreshed_by_hand(
     module = MergeModule(
         tasks, method, options, pretrained=own.starts[0], pretrained_heads=own.starts[1]
     )
-    refresh(module, plan)
+    refresh(module, plan, logits_fn=logits)
     return accuracies(module, data, stage)
 
 
@@ -208,7 +207,7 @@ def test_refreshes_over_seeds(
         ({"methods": ["magic"]}, "'magic' is none of"),
         ({"methods": ["average"]}, "'average' is twice among merges and methods"),
         ({"merges": ["pretrained"], "methods": []}, "'pretrained' merges nothing"),
-        ({"plans": {"steps": {"rounds": 1}}}, "can have its heads fitted alone"),
+        ({"plans": {"training": {}}}, "can have its heads fitted alone"),
         ({"first_seed": {"heads": {}}}, "'heads' is among plans and first_seed"),
         ({"learning_rates": [0.0]}, "above 0"),
         ({"plans": {"steps": {"mix": 3.0}}}, "mix=3.0"),

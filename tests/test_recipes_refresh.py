@@ -14,6 +14,7 @@ import torch
 import train_tasks
 from merge_options import MethodOptions, Options
 from test_recipes import GRID, WORDS, Crash, bert, configuration
+from test_refresh import SOLVING
 
 from mats_lightning import RefreshPlan
 from mats_lightning.checkpoints import load_weights
@@ -41,6 +42,7 @@ def arguments(tmp_path: Path, bert: Path, *more: str) -> list[str]:
         "--plan.rounds",
         "2",
         "--plan.heads=[]",
+        *(f"--plan.{name}={value}" for name, value in SOLVING.items()),
         *more,
     ]
 
@@ -199,7 +201,7 @@ def test_arguments_of_both_kinds(tmp_path: Path, bert: Path) -> None:
     given = arguments(tmp_path, bert, "--seed", "3", "--plan.kept", "[embeddings]", "--rivals")
     given += ["--rival_rates", "[1e-5, 1e-3]"]
     own, options = refresh.parse(given)
-    assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",), heads=())
+    assert own.plan == RefreshPlan(rounds=2, rows=40, kept=("embeddings",), heads=(), **SOLVING)
     assert (own.method, own.rivals, options.seed) == (KFAC, True, 3)
     assert own.rival_rates == [1e-5, 1e-3]
 

@@ -41,6 +41,7 @@ pytestmark = [
 ]
 
 State = dict[str, Tensor]
+SOLVING: dict[str, Any] = {"by": "solving", "labels": "data", "judge": "score"}
 
 
 class TrainingData(Data):
@@ -63,7 +64,7 @@ def refreshed(module: MergeModule, **options: Any) -> list[Round]:
     known = ("folder", "logits_fn", "loaders")
     given = {name: options.pop(name) for name in known if name in options}
     defaults: dict[str, Any] = {"heads": (), "rounds": 1}  # heads: test_refresh_heads.py
-    options = defaults | options
+    options = defaults | SOLVING | options
     return refresh(module, RefreshPlan(**options), trainer=make_trainer(), progress=False, **given)
 
 
@@ -497,13 +498,15 @@ def test_what_a_refresh_cannot_do(suite: Suite, untouched: MergeModule) -> None:
         refreshed(untouched, loaders={"other": []})
     trainer = pl.Trainer(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="the trainer has 2 devices"):
-        refresh(untouched, trainer=trainer)
+        refresh(untouched, trainer=trainer, logits_fn=logits_of)
     trainer = make_trainer(precision="bf16-true")
     with pytest.raises(ValueError, match="precision='bf16-true', which converts the tasks' mod"):
         refresh(untouched, trainer=trainer)
 
 
-@pytest.mark.parametrize("plan", [RefreshPlan(heads=(1,)), RefreshPlan(heads=(), rounds=1)])
+@pytest.mark.parametrize(
+    "plan", [RefreshPlan(rounds=0, heads=(1,), **SOLVING), RefreshPlan(heads=(), **SOLVING)]
+)
 def test_validation_of_no_rows_is_refused(untouched: MergeModule, plan: RefreshPlan) -> None:
     trainer = make_trainer(limit_val_batches=0)
     with pytest.raises(ValueError, match="give the tasks validation rows, and a trainer without"):

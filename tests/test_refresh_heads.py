@@ -358,7 +358,7 @@ def test_the_trainers_loggers_hear_of_no_candidate(suite: Suite, tmp_path: Path)
     logger = CSVLogger(tmp_path)
     trainer = make_trainer()
     trainer.loggers = [logger]
-    plan = RefreshPlan(rounds=0, heads=(1, 2))
+    plan = RefreshPlan(rounds=0, heads=(1, 2), labels="data")
     refresh(merged(suite, "log", "dict"), plan, trainer=trainer, progress=False)
     assert trainer.loggers == [logger]
     logger.save()

@@ -38,7 +38,7 @@ def merge_of(suite: Suite, kind: type[Classifier], data: type[TrainingData]) -> 
 
 def task_rounds(module: MergeModule, **options: Any) -> TaskRounds:
     module.merge()
-    plan = RefreshPlan(rounds=1, judge="loss", **options)
+    plan = RefreshPlan(labels="data", **options)
     return TaskRounds(module, plan, make_trainer(), logits_of, {}, False)
 
 
@@ -58,7 +58,7 @@ class Counting(Classifier):
 def test_metrics_of_a_training_step_do_not_come_into_validation(suite: Suite) -> None:
     def run(kind: type[Classifier]) -> Round:
         module = merge_of(suite, kind, TrainingData)
-        plan = RefreshPlan(judge="loss", heads=(1, 10))
+        plan = RefreshPlan(rounds=0, labels="data", heads=(1, 10))
         (done,) = refresh(module, plan, trainer=make_trainer(), progress=False)
         modules: list[Any] = [task.module for task in module.tasks.values()]
         assert not any(own.accuracy.update_called for own in modules)
@@ -189,7 +189,7 @@ def test_what_judges_is_what_is_kept_and_told(
 
 
 def test_a_folder_knows_what_was_validated_on(suite: Suite, tmp_path: Path) -> None:
-    plan = RefreshPlan(rounds=1, heads=())
+    plan = RefreshPlan(heads=(), labels="data")
     trainer = make_trainer(limit_val_batches=1)
     refresh(merged(suite), plan, trainer=trainer, folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="has another number of validation batches"):
@@ -197,11 +197,6 @@ def test_a_folder_knows_what_was_validated_on(suite: Suite, tmp_path: Path) -> N
 
 
 # -- plans ---------------------------------------------------------------------------------------
-
-
-def test_training_in_no_round_is_refused() -> None:
-    with pytest.raises(ValueError, match="by='training' and rounds=0: nothing would train"):
-        RefreshPlan(by="training")
 
 
 def test_a_step_of_a_training_is_a_part_of_it(suite: Suite) -> None:

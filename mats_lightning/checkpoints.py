@@ -225,7 +225,10 @@ def _torch_load(path: Path) -> object:
 
 def _what_is_in(folder: Path) -> str:
     if not folder.is_dir():
-        return f"There is no folder {folder} either."
+        return (
+            f"There is no folder {folder} either. For a model of the hub give the folder that"
+            " huggingface_hub.snapshot_download(id) returns."
+        )
     return f"{folder} holds: {_shorten(sorted(entry.name for entry in folder.iterdir()))}."
 
 

@@ -133,16 +133,20 @@ def save_statistics(
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """The statistics of a sidecar (or of the checkpoint beside which it lies).
+    """The statistics of a sidecar, or of the checkpoint beside which it lies.
 
-    Tensors are read when they are accessed, one at a time. Raises FileNotFoundError when there
-    is none, and ValueError for a damaged file, another or a newer format, or a sidecar without
-    examples.
+    Where a checkpoint is a folder (a Hugging Face model, an adapter) its sidecar may also lie in
+    it, under any name with the ending, and goes to the hub with it. Tensors are read when they are
+    accessed, one at a time.
+
+    Raises FileNotFoundError when there is none, and ValueError for several in a folder, a damaged
+    file, another or a newer format, or a sidecar without examples.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIX):
         target = sidecar_path(path.resolve())  # `last.ckpt` may be a link to another checkpoint
-        path = target if path.is_symlink() and target.is_file() else sidecar_path(path)
+        beside = target if path.is_symlink() and target.is_file() else sidecar_path(path)
+        path = beside if beside.is_file() or not path.is_dir() else _inside(path) or beside
     if not path.is_file():
         raise FileNotFoundError(
             f"no statistics at {path}: train with MaTSStatsCallback in the Trainer's callbacks,"
@@ -182,6 +186,16 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         described["inputs"],
         described["info"],
     )
+
+
+def _inside(folder: Path) -> Path | None:
+    found = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {len(found)} sidecars, {found[0].name} and {found[1].name} among them:"
+            " give the path of one"
+        )
+    return found[0] if found else None
 
 
 class SidecarTensors(Lazy[Tensor]):

@@ -392,3 +392,20 @@ def test_a_moved_sidecar_still_belongs(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     found = load_statistics(saved.rename(sidecar_path(tmp_path / "other" / "x.ckpt")))
     check_belongs(found, transformer().state_dict(), "trec")
+
+
+def test_a_sidecar_within_a_models_folder(tmp_path: Path) -> None:
+    """As it comes from the hub; one beside the folder stands before it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no statistics at .*model\.mats\.safetensors"):
+        load_statistics(folder)
+    inside, beside = statistics(), statistics()
+    inside.info["note"], beside.info["note"] = "inside", "beside"
+    save_statistics(inside, folder / "statistics.mats.safetensors")
+    assert load_statistics(folder).info["note"] == "inside"
+    save_statistics(inside, folder / "more.mats.safetensors")
+    with pytest.raises(ValueError, match=r"holds 2 sidecars, more\.mats.* and statistics\.mats"):
+        load_statistics(folder)
+    save_statistics(beside, sidecar_path(folder))
+    assert load_statistics(folder).info["note"] == "beside"

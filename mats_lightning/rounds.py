@@ -41,13 +41,20 @@ class RefreshPlan:
             is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
             is tried. () leaves heads as they are.
         rows: of each task, the same in every round.
-        mix, iterations, damping, preconditioner_damping, radius, normalize, objective: of
-            `merging.refresh_step`. With mix > 0 take fisher="sampled", and a damping (0.01, say):
-            the gradient of few rows has noise where they have no curvature.
+        epochs: of the training, over the rows.
+        learning_rate: of the training, at its highest.
+        mix: what is solved (`merging.refresh_step`): 0 is the merge's equation, 1 a natural-gradient
+            step. With mix > 0 take fisher="sampled", and a damping (0.01, say): the gradient of few
+            rows has noise where they have no curvature.
+        iterations: of the conjugate gradient method.
+        damping: of each task's curvature, relative to its mean eigenvalue.
+        preconditioner_damping: the same of the preconditioner.
+        radius: where a block ends, in distances of the tasks' own weights; None for no end.
+        normalize: whether each task's curvature is divided by its mean eigenvalue.
+        objective: which curvature, as in `mats`.
         step: how far to go of what is solved for or trained, at first.
         kept: regular expressions for names of parameters that stay as they are.
         fisher: of the curvature: "empirical" or "sampled".
-        epochs, learning_rate: of the training.
         labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
             what the task's own model predicts ("teacher", which needs `logits_fn` and no labels;
             see `distillation.soft_targets`), or those of the "data".

@@ -43,12 +43,12 @@ class RefreshPlan:
         rows: of each task, the same in every round.
         epochs: of the training, over the rows.
         learning_rate: of the training, at its highest.
-        mix: what is solved (`merging.refresh_step`): 0 is the merge's equation, 1 a natural-gradient
-            step. With mix > 0 take fisher="sampled", and a damping (0.01, say): the gradient of few
-            rows has noise where they have no curvature.
+        mix: what is solved (`merging.refresh_step`): 0 is the merge's equation, 1 a
+            natural-gradient step. With mix > 0 take fisher="sampled", and a damping (0.01, say):
+            the gradient of few rows has noise where they have no curvature.
         iterations: of the conjugate gradient method.
-        damping: of each task's curvature, relative to its mean eigenvalue.
-        preconditioner_damping: the same of the preconditioner.
+        damping: of the curvatures' sum, relative to its mean eigenvalue.
+        preconditioner_damping: that of the preconditioner.
         radius: where a block ends, in distances of the tasks' own weights; None for no end.
         normalize: whether each task's curvature is divided by its mean eigenvalue.
         objective: which curvature, as in `mats`.

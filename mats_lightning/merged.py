@@ -114,6 +114,11 @@ class Merged:
         merged = {name for p in self._parts.values() if task in p.tasks for name in p.names}
         return [name for name in self._tasks[task].weights if name not in merged]
 
+    def head_of(self, task: str) -> dict[str, Tensor]:
+        """The same with their values; nothing else of the checkpoint is read."""
+        put, weights = self._heads.get(task, {}), self._tasks[task].weights
+        return {name: put[name] if name in put else weights[name] for name in self.own_head(task)}
+
     # -- what is put in ------------------------------------------------------------------------
 
     def use(self, iterations: int, only: bool = False) -> None:

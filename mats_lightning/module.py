@@ -131,12 +131,8 @@ class MergeModule(TaskEvaluation):
 
     def own_heads(self) -> dict[str, dict[str, Tensor]]:
         """task -> the parameters that it shares with no other; no task without any."""
-        heads: dict[str, dict[str, Tensor]] = {}
-        for task in self.tasks:
-            if names := self._outcome().own_head(task):
-                state = self.state_of(task)
-                heads[task] = {name: state[name] for name in names}
-        return heads
+        heads = {task: self._outcome().head_of(task) for task in self.tasks}
+        return {task: head for task, head in heads.items() if head}
 
     def replace_heads(self, heads: Mapping[str, Weights], how: Mapping[str, Any]) -> None:
         """Put other values of `own_heads` in place, of the tasks that are named.

@@ -29,6 +29,7 @@ from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
 from mats_lightning.names import plain_name
+from mats_lightning.passes import LossFn
 from mats_lightning.rounds import Folder, RefreshPlan, Round, State, last_kept
 from mats_lightning.sampled import LogitsFn, choose_fisher
 from mats_lightning.statistics import Statistics
@@ -44,6 +45,7 @@ def refresh(
     trainer: pl.Trainer | None = None,
     folder: str | os.PathLike[str] | None = None,
     logits_fn: LogitsFn | None = None,
+    loss_fn: LossFn | None = None,
     loaders: Mapping[str, Iterable[Any]] | None = None,
     progress: bool = True,
 ) -> list[Round]:
@@ -66,6 +68,8 @@ def refresh(
             interrupted refresh goes on from there, in the middle of a round's statistics too.
         logits_fn: (task's module, batch) -> logits, as in collect_statistics; needed with
             fisher="sampled" and labels="teacher".
+        loss_fn: (task's module, batch) -> loss, a mean over examples, with labels="data"; by
+            default the loss of its training_step.
         loaders: task -> batches, as they come, for tasks whose data is no LightningDataModule:
             heads are fitted to all of them, statistics stop at `rows`. By default it is the first
             `rows` of the data module's training rows in an order that depends on `seed` alone.
@@ -103,7 +107,8 @@ def refresh(
     with ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(TemporaryDirectory())
-        return _Refresh(module, plan, trainer, folder, logits_fn, loaders or {}, progress).run()
+        rounds = TaskRounds(module, plan, trainer, logits_fn, loss_fn, loaders or {}, progress)
+        return _Refresh(module, plan, trainer, folder, rounds, progress).run()
 
 
 class _Refresh:
@@ -113,8 +118,7 @@ class _Refresh:
         plan: RefreshPlan,
         trainer: pl.Trainer,
         folder: str | os.PathLike[str],
-        logits_fn: LogitsFn | None,
-        loaders: Mapping[str, Iterable[Any]],
+        tasks: TaskRounds,
         progress: bool,
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
@@ -122,7 +126,7 @@ class _Refresh:
         self.heads: dict[str, State] = {}  # that were fitted to them
         self.losses: dict[str, float] = {}  # of the last validation, where losses judge
         self.evidence = MergeResult({})  # how the solves of the state went
-        self.tasks = TaskRounds(module, plan, trainer, logits_fn, loaders, progress)
+        self.tasks = tasks
         module.merge(self.device, progress)
         # the merged parameters, after the rounds that are done
         self.state = self._in_modules_dtypes(module.shared_state())

@@ -47,11 +47,13 @@ class TaskRounds:
         plan: RefreshPlan,
         trainer: pl.Trainer,
         logits_fn: LogitsFn | None,
+        loss_fn: LossFn | None,
         loaders: Mapping[str, Iterable[Any]],
         progress: bool,
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
-        self.logits_fn, self.loaders, self.progress = logits_fn, loaders, progress
+        self.logits_fn, self.loss_fn = logits_fn, loss_fn
+        self.loaders, self.progress = loaders, progress
         self.device = trainer.strategy.root_device
         self.quiet = quiet_trainer(  # tries heads; no logger or callback hears of each
             accelerator=self.device.type,
@@ -73,7 +75,7 @@ class TaskRounds:
         own = self.module.own_heads()
         for name in track(own, "fitting heads", disable=not self.progress, transient=True):
             task = self.module.tasks[name]
-            loss_fn, teacher = None, None
+            loss_fn, teacher = self.loss_fn, None
             trained = map(plain_name, dict(task.module.named_parameters()))
             with self._on_device(task):
                 if self.plan.labels == "teacher":
@@ -95,7 +97,7 @@ class TaskRounds:
     def trained(self, state: State, kept: Collection[str]) -> State:
         """The shared parameters after training from here, heads along where the plan fits them."""
         tasks = self.module.tasks
-        loss_fns: dict[str, LossFn | None] = dict.fromkeys(tasks)
+        loss_fns: dict[str, LossFn | None] = dict.fromkeys(tasks, self.loss_fn)
         if self.plan.labels == "teacher":
             loss_fns = {name: self._teacher(task)[0] for name, task in tasks.items()}
         with ExitStack() as stack:
@@ -123,7 +125,7 @@ class TaskRounds:
         """
         found = {}
         for name, task in self.module.tasks.items():
-            loss_fn = self._teacher(task)[0] if self.plan.labels == "teacher" else None
+            loss_fn = self._teacher(task)[0] if self.plan.labels == "teacher" else self.loss_fn
             losses = []
             with self._on_device(task), evaluating(task.module), torch.no_grad():
                 for index, batch in enumerate(islice(self._validation[name], self.validated(name))):
@@ -173,6 +175,8 @@ class TaskRounds:
         with self._on_device(task):
             if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
                 options["loss_fn"], _ = self._teacher(task)
+            elif self.loss_fn is not None:
+                options["loss_fn"] = self.loss_fn
             return statistics_at(
                 task.module,
                 state,

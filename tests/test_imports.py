@@ -145,6 +145,7 @@ ALLOWED: dict[str, set[str]] = {
         "merging",
         "module",
         "names",
+        "passes",
         "rounds",
         "sampled",
         "sidecar",

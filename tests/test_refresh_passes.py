@@ -39,7 +39,7 @@ def merge_of(suite: Suite, kind: type[Classifier], data: type[TrainingData]) -> 
 def task_rounds(module: MergeModule, **options: Any) -> TaskRounds:
     module.merge()
     plan = RefreshPlan(labels="data", **options)
-    return TaskRounds(module, plan, make_trainer(), logits_of, {}, False)
+    return TaskRounds(module, plan, make_trainer(), logits_of, None, {}, False)
 
 
 # -- metrics -------------------------------------------------------------------------------------
@@ -281,3 +281,37 @@ def test_weights_that_do_not_fit_leave_the_module_as_it_was(tmp_path: Path) -> N
         measure(tmp_path / "merged.safetensors", module, none(), tmp_path / "a.mats.safetensors")
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# -- a loss of one's own -------------------------------------------------------------------------
+
+
+class Manual(Classifier):
+    """Optimizes by itself, so its training_step gives no loss."""
+
+    def __init__(self, classes: int, style: str) -> None:
+        super().__init__(classes, style)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        raise AssertionError("it would train")
+
+
+@pytest.mark.parametrize("by", ["solving", "training"])
+def test_modules_that_optimize_by_themselves_need_a_loss(suite: Suite, by: str) -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    options: dict[str, Any] = {"labels": "data", "judge": "loss", "learning_rate": 0.01}
+    plan = RefreshPlan(by=by, heads=(5,), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Manual optimizes manually, .* pass loss_fn="):
+        refresh(merge_of(suite, Manual, TrainingData), plan, trainer=make_trainer(), progress=False)
+    results = []
+    for kind, loss_fn in ((Manual, loss), (Classifier, None)):
+        module = merge_of(suite, kind, TrainingData)
+        rounds = refresh(module, plan, trainer=make_trainer(), loss_fn=loss_fn, progress=False)
+        results.append((rounds, module.shared_state()))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert one.step == other.step and one.losses == pytest.approx(other.losses)
+    for name, tensor in results[1][1].items():
+        torch.testing.assert_close(results[0][1][name], tensor)

@@ -1,10 +1,19 @@
-"""The complete example in README.md runs as it stands, and prints what stands below it."""
+"""What README.md shows runs as it stands, and prints what stands below it."""
 
 import re
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from test_recipes import bert
+from torch.utils.data import DataLoader
+
+from mats_lightning import MergeModule
+from mats_lightning.rounds import Round
+
+__all__ = ["bert"]  # a fixture
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,4 +39,83 @@ def test_the_complete_example_prints_what_the_readme_says(
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         f"{t}.ckpt{s}" for t in ("first", "second") for s in ("", ".mats.safetensors")
+    }
+
+
+def blocks(heading: str) -> list[str]:
+    """The Python blocks below a heading, up to the next one."""
+    found: list[str] = []
+    kind, here = "", False
+    lines: list[str] = []
+    for line in README.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            if here and kind == "```python":
+                found.append("\n".join(lines))
+            kind, lines = "" if kind else line, []
+        elif kind:
+            lines.append(line)
+        elif line.startswith("#"):
+            here = line == heading
+    return found
+
+
+class Words(L.LightningDataModule):
+    """Rows of numbers in place of a tokenizer's; the class is that of the second one."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def loader(self, seed: int) -> Any:
+        ids = torch.randint(6, 36, (48, 7), generator=torch.Generator().manual_seed(seed))
+        rows = [
+            {
+                "input_ids": row,
+                "attention_mask": torch.ones_like(row),
+                "labels": row[1] % self.classes,
+            }
+            for row in ids
+        ]
+        return DataLoader(rows, batch_size=8, shuffle=seed == 0)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> Any:
+        return self.loader(0)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(1)
+
+    def test_dataloader(self) -> Any:
+        return self.loader(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+@pytest.mark.filterwarnings("ignore:.*you defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+def test_the_text_classifier_is_trained_merged_loaded_and_refreshed(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"trec_data": Words(6), "sms_data": Words(2)}
+
+    def run(block: str) -> None:
+        text = block.replace("sentence-transformers/all-MiniLM-L6-v2", str(bert))
+        exec(compile(text, str(README), "exec"), names)
+
+    run(blocks("## Statistics from your own training")[0])
+    merging = blocks("## Merging your own models")
+    for block in merging[:3]:  # merge, load, relative to the individual models
+        run(block)
+    module, head = names["module"], names["head"]
+    assert isinstance(module, MergeModule) and module.scores == {}
+    state = module.state_of("trec")
+    merged = {n: t for n, t in state.items() if n.startswith("head.")}
+    assert head.keys() == merged.keys()
+    for name, tensor in names["encoder"].state_dict().items():
+        torch.testing.assert_close(tensor, state[f"backbone.{name}"])
+    run(blocks("### A refresh: a few hundred rows a task, after the merge")[0])
+    rounds = names["rounds"]
+    assert [type(done) for done in rounds] == [Round, Round] and set(module.scores) == {
+        "trec",
+        "sms",
     }

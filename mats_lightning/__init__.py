@@ -5,7 +5,7 @@
        -> operators: C_i -> solvers: (sum C_i) theta = sum C_i theta_i -> merging: state dict
        -> MergeModule: trainer.test, metrics a task -> report: table; figures
                                                     -> export: a model that others can load
-                                                    -> refresh: heads fitted, steps from there
+                                                    -> refresh: heads fitted, training from there
 
 Each arrow goes one way, and each noun is one module.
 """

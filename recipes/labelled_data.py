@@ -204,6 +204,11 @@ def read_hub(
                     "label_column."
                 )
             found[name] = rows
+    if unused := sorted({*(found["train"].info.splits or ())} - {*named.values()}):
+        rank_zero_info(
+            f"{hub.dataset}: {' and '.join(unused)} not used; say test_split or validation_split to"
+            " take a split, or else these are carved out of the training rows"
+        )
     feature = found["train"].features[hub.label_column]
     seen = {label for rows in found.values() for label in rows.unique(hub.label_column)}
     if None in seen or -1 in seen:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import train_tasks
 import yaml
-from labelled_data import HubDataset, LabelledData, carve, distinct
+from labelled_data import HubDataset, LabelledData, carve, distinct, read_hub
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_options import MethodOptions, Options, TaskOptions, parse_options
 from text_data import TextData
@@ -650,3 +650,19 @@ def test_the_accuracy_is_logged_for_validation_and_test(tmp_path: Path, bert: Pa
     model = TextClassifier(2, backbone=str(bert))
     assert set(trainer.validate(model, data, verbose=False)[0]) == {"accuracy"}
     assert set(trainer.test(model, data, verbose=False)[0]) == {"accuracy"}
+
+
+def test_a_split_that_is_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        write_task(tmp_path / split, "size", 20).joinpath("train.csv").rename(
+            tmp_path / f"{split}.csv"
+        )
+        (tmp_path / split).rmdir()
+    columns = {"text": "text_column"}
+    found, _ = read_hub(HubDataset(str(tmp_path)), columns)
+    assert list(found) == ["train"]
+    assert any("test not used; say test_split" in record.message for record in caplog.records)
+    caplog.clear()
+    found, _ = read_hub(HubDataset(str(tmp_path), test_split="test"), columns)
+    assert list(found) == ["train", "test"]
+    assert not any("not used" in record.message for record in caplog.records)

@@ -215,8 +215,9 @@ class _Refresh:
             fitted, seconds["heads"] = self._fit_heads([])
             seconds["validation"] += self._validate()
             self.heads = self._fitted(fitted)
+            judge = "losses " if self.losses else ""
             rank_zero_info(
-                f"refresh, heads: {tried['0']:.4f} -> {self._judged():.4f} on validation"
+                f"refresh, heads: {judge}{tried['0']:.4f} -> {self._judged():.4f} on validation"
             )
         return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted, self.losses)
 

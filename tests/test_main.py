@@ -161,6 +161,7 @@ def test_ranks_that_ddp_relaunches_run_the_same_script(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(
         "import sys\n"
         "import lightning as L\n"
+        "import torch\n"
         "from lightning.pytorch.demos.boring_classes import BoringModel\n"
         "trainer = L.Trainer(accelerator='cpu', strategy='ddp', devices=2, max_steps=1,\n"
         "                    logger=False, enable_checkpointing=False,\n"
@@ -168,6 +169,7 @@ def test_ranks_that_ddp_relaunches_run_the_same_script(tmp_path: Path) -> None:
         "                    limit_val_batches=0)\n"
         "trainer.fit(BoringModel())\n"
         "open(f'rank{trainer.global_rank}', 'w').write(' '.join([__name__, *sys.argv[1:]]))\n"
+        "torch.distributed.destroy_process_group()\n"  # gloo's threads may abort the exit
     )
     ended = command("run", "ranks.py", "--seed", "1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

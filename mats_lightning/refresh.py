@@ -37,6 +37,15 @@ from mats_lightning.statistics.digest import digest
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
 from mats_lightning.tasks import Part
 
+OF_STATISTICS = (
+    "mask_fn",
+    "loss_reduction",
+    "batch_size_fn",
+    "max_factor_size",
+    "weight_sharing",
+    "adapted_weights",
+)
+
 
 def refresh(
     module: MergeModule,
@@ -47,6 +56,7 @@ def refresh(
     logits_fn: LogitsFn | None = None,
     loss_fn: LossFn | None = None,
     loaders: Mapping[str, Iterable[Any]] | None = None,
+    statistics_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> list[Round]:
     """Merge, then some rounds; the module has the best weights after it, for test and export.
@@ -73,6 +83,9 @@ def refresh(
         loaders: task -> batches, as they come, for tasks whose data is no LightningDataModule:
             heads are fitted to all of them, statistics stop at `rows`. By default it is the first
             `rows` of the data module's training rows in an order that depends on `seed` alone.
+        statistics_options: of collect_statistics, with by="solving": what the callback was given
+            when the tasks were fine-tuned, mask_fn, loss_reduction (with labels="data"),
+            batch_size_fn, max_factor_size, weight_sharing or adapted_weights.
 
     Returns the rounds; number 0 is the merge. Raises ValueError for a method that merges nothing or
     merged products of LoRA factors (lora_rank), unless plan.rounds is 0, several devices, a
@@ -101,13 +114,31 @@ def refresh(
             "labels='teacher' needs the logits of the tasks' modules: pass logits_fn=lambda"
             " module, batch: ...; or give RefreshPlan(labels='data')"
         )
+    options = dict(statistics_options or {})
+    if options and plan.by != "solving":
+        raise ValueError(
+            f"statistics_options={sorted(options)}, and by={plan.by!r} takes no statistics: leave"
+            " them out, or take RefreshPlan(by='solving')"
+        )
+    if refused := sorted(options.keys() - OF_STATISTICS):
+        raise ValueError(
+            f"statistics_options: '{refused[0]}' is none of {', '.join(OF_STATISTICS)}; the plan"
+            " and the other arguments say all else"
+        )
+    if "loss_reduction" in options and plan.labels == "teacher":
+        raise ValueError(
+            "statistics_options: the loss towards a teacher is a mean; loss_reduction goes with"
+            " RefreshPlan(labels='data')"
+        )
     if unknown := sorted(set(loaders or ()) - set(module.tasks)):
         known = ", ".join(module.tasks)
         raise ValueError(f"loaders: '{unknown[0]}' is no task; the tasks are {known}")
     with ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(TemporaryDirectory())
-        rounds = TaskRounds(module, plan, trainer, logits_fn, loss_fn, loaders or {}, progress)
+        rounds = TaskRounds(
+            module, plan, trainer, logits_fn, loss_fn, loaders or {}, options, progress
+        )
         return _Refresh(module, plan, trainer, folder, rounds, progress).run()
 
 

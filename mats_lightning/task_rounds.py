@@ -49,11 +49,13 @@ class TaskRounds:
         logits_fn: LogitsFn | None,
         loss_fn: LossFn | None,
         loaders: Mapping[str, Iterable[Any]],
+        statistics_options: Mapping[str, Any],
         progress: bool,
     ) -> None:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.logits_fn, self.loss_fn = logits_fn, loss_fn
         self.loaders, self.progress = loaders, progress
+        self.statistics_options = statistics_options
         self.device = trainer.strategy.root_device
         self.quiet = quiet_trainer(  # tries heads; no logger or callback hears of each
             accelerator=self.device.type,
@@ -169,7 +171,7 @@ class TaskRounds:
 
     def _collected(self, task: Task, state: State) -> Statistics:
         plan = self.plan
-        options: dict[str, Any] = {}
+        options = dict(self.statistics_options)
         if plan.fisher == "sampled":
             options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
         with self._on_device(task):

@@ -61,7 +61,7 @@ def merged(suite: Suite, *names: str, **options: Any) -> MergeModule:
 
 
 def refreshed(module: MergeModule, **options: Any) -> list[Round]:
-    known = ("folder", "logits_fn", "loaders")
+    known = ("folder", "logits_fn", "loaders", "statistics_options")
     given = {name: options.pop(name) for name in known if name in options}
     defaults: dict[str, Any] = {"heads": (), "rounds": 1}  # heads: test_refresh_heads.py
     options = defaults | SOLVING | options
@@ -99,9 +99,17 @@ def taking(monkeypatch: pytest.MonkeyPatch, *averages: float) -> list[State]:
 # -- one round by hand -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [{}, {"mix": 0.4, "normalize": False}, {"kept": ("body.0",)}])
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        ({}, {}),
+        ({"mix": 0.4, "normalize": False}, {}),
+        ({"kept": ("body.0",)}, {}),
+        ({}, {"loss_reduction": "sum"}),
+    ],
+)
 def test_a_round_is_its_parts(
-    suite: Suite, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    suite: Suite, plan: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = merged(suite, weights={name: 1.0 + (name == "dict") for name in CLASSES})
     module.merge()
@@ -119,6 +127,7 @@ def test_a_round_is_its_parts(
                 [[x[order[:16]], y[order[:16]]], [x[order[16:]], y[order[16:]]]],
                 statistics=("kfac", "block_fisher", "gradient"),
                 progress=False,
+                **options,
             )
         )
     step = merging.refresh_step(
@@ -130,7 +139,7 @@ def test_a_round_is_its_parts(
         **plan,
     )
     taking(monkeypatch, 0.5, 0.6)
-    refreshed(module, rows=20, iterations=4, seed=3, **plan)
+    refreshed(module, rows=20, iterations=4, seed=3, statistics_options=options, **plan)
     found = module.shared_state()
     assert list(found) == list(SHARED)
     for name, tensor in step.state_dict.items():
@@ -496,6 +505,13 @@ def test_what_a_refresh_cannot_do(suite: Suite, untouched: MergeModule) -> None:
         refreshed(untouched, fisher="sampled")
     with pytest.raises(ValueError, match="loaders: 'other' is no task; the tasks are log, dict"):
         refreshed(untouched, loaders={"other": []})
+    with pytest.raises(ValueError, match="by='training' takes no statistics: leave them out"):
+        refreshed(untouched, by="training", statistics_options={"mask_fn": len})
+    with pytest.raises(ValueError, match="statistics_options: 'seed' is none of mask_fn, loss_re"):
+        refreshed(untouched, statistics_options={"seed": 1})
+    with pytest.raises(ValueError, match="loss_reduction goes with RefreshPlan"):
+        options = {"loss_reduction": "sum"}
+        refreshed(untouched, labels="teacher", logits_fn=logits_of, statistics_options=options)
     trainer = pl.Trainer(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="the trainer has 2 devices"):
         refresh(untouched, trainer=trainer, logits_fn=logits_of)

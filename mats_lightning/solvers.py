@@ -19,7 +19,7 @@ class Solution:
 
     value: Tensor
     iterations: int
-    residuals: list[float]  # |b - C x| / |b| after 0, 1, ... iterations
+    residuals: list[float]  # |b - C x| / max(|b|, scale) after 0, 1, ... iterations
     converged: bool  # the last one is within the tolerance
     at_edge: bool  # the iteration ended where |x - x0| is the radius
     kept: dict[int, Tensor]  # the states after the iteration counts that were asked for
@@ -33,24 +33,23 @@ def conjugate_gradient(
     iterations: int,
     tolerance: float = 0.0,
     preconditioner: Function | None = None,
-    residual: Function | None = None,
+    scale: float = 0.0,
     radius: float = math.inf,
     keep: Collection[int] = (),
 ) -> Solution:
     """The conjugate gradient method of Hestenes and Stiefel, started at `x0`.
 
-    Stops after `iterations`, or when |b - C x| <= tolerance |b|, or when no direction is left
-    along which C is positive by more than rounding: where C is singular, a step along such a
-    direction would be of any length. A step that would lead further than `radius` from `x0` is
+    Stops after `iterations`, or when |b - C x| <= tolerance max(|b|, scale), or when no direction
+    is left along which C is positive by more than rounding: where C is singular, a step along such
+    a direction would be of any length. A step that would lead further than `radius` from `x0` is
     shortened to end there, and is the last one (Steihaug, SIAM J. Numer. Anal. 20, 1983).
     Without a preconditioner |x - x0| grows with each step. With one, only the distance in the norm
     of its inverse surely grows: a path may leave the ball and come back, so stopping where it
     leaves is a heuristic.
-    `preconditioner` applies an approximate inverse of C, symmetric positive definite. `residual`
-    gives b - C x, where that can be had with less rounding than from `matvec`. It is what the
-    iteration starts with, and what must be within the tolerance at the end: the recursion's own
-    drifts away from it, and is replaced by it. `keep` names iteration counts whose states are
-    returned too, from the same run; a run that stops earlier gives its last state for them.
+    `preconditioner` applies an approximate inverse of C, symmetric positive definite. What must be
+    within the tolerance at the end is b - C x itself: the recursion's own residual drifts away from
+    it, and is replaced by it. `keep` names iteration counts whose states are returned too, from the
+    same run; a run that stops earlier gives its last state for them.
 
     Raises ValueError for negative iterations or a negative radius, NaN or inf in what it is given,
     or a preconditioner that is so near to singular that rounding leaves no first step.
@@ -59,12 +58,11 @@ def conjugate_gradient(
         raise ValueError(f"iterations={iterations}, keep={sorted(keep)}: they cannot be negative")
     if radius < 0:
         raise ValueError(f"radius={radius}: it cannot be negative")
-    exact = residual or (lambda x: b - matvec(x))
     x = x0.clone()
-    r = exact(x)
-    norm_b = _norm(b) or 1.0
+    r = b - matvec(x)
+    unit = max(_norm(b), scale) or 1.0
     rr = _dot(r, r)
-    residuals = [math.sqrt(rr) / norm_b]
+    residuals = [math.sqrt(rr) / unit]
     kept = {0: x.clone()} if 0 in keep else {}
     z = preconditioner(r) if preconditioner else r
     p = z.clone()
@@ -90,12 +88,12 @@ def conjugate_gradient(
         r.sub_(cp, alpha=alpha)
         rr = _dot(r, r)
         done += 1
-        residuals.append(math.sqrt(rr) / norm_b)
+        residuals.append(math.sqrt(rr) / unit)
         seems_done = residuals[-1] <= tolerance
         if seems_done:
-            r = exact(x)
+            r = b - matvec(x)
             rr = _dot(r, r)
-            residuals[-1] = math.sqrt(rr) / norm_b
+            residuals[-1] = math.sqrt(rr) / unit
         if done in keep:
             kept[done] = x.clone()
         if at_edge:

@@ -357,9 +357,39 @@ def test_plain_conjugate_gradients_are_the_papers(problem: Problem) -> None:
             x, _ = scipy.sparse.linalg.cg(operator, b, x0, rtol=0.0, maxiter=count)
             found = results[count].state_dict[f"{module}.weight"].numpy().ravel()
             assert np.linalg.norm(found - x) < 1e-6 * np.linalg.norm(x), (module, count)
-            residual = np.linalg.norm(b - operator @ x) / np.linalg.norm(b)
+            residual = np.linalg.norm(b - operator @ x) / np.linalg.norm(b - operator @ x0)
             block = results[count].blocks[f"{module}.weight"]
             assert block.residuals[-1] == pytest.approx(residual, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+@pytest.mark.parametrize("distance", [1e-2, 1e-5])
+def test_how_large_the_weights_are_does_not_matter(
+    problem: Problem, preconditioner: str | None, distance: float
+) -> None:
+    """The equation is of differences: a shift of all models shifts the solution, and no stop."""
+    options: dict[str, Any] = {"iterations": 40, "preconditioner": preconditioner, "radius": None}
+    near = [{n: distance * t for n, t in theta.items()} for theta in problem.thetas]
+    shifted = [{n: t + problem.pretrained[n] for n, t in theta.items()} for theta in near]
+    found, expected = (mats(t, problem.statistics, **options) for t in (shifted, near))
+    for name, tensor in expected.state_dict.items():
+        torch.testing.assert_close(
+            found.state_dict[name] - problem.pretrained[name],
+            tensor,
+            rtol=1e-5,
+            atol=1e-8 * distance,
+        )
+    for name, block in expected.blocks.items():
+        assert found.blocks[name].converged and block.converged
+        assert found.blocks[name].residuals[0] == 1
+
+
+def test_a_start_that_is_the_solution_stays(problem: Problem) -> None:
+    """Its residual is rounding alone, so what is left is measured by that of the average."""
+    solution = solved(problem, "gram", damping=0.1)
+    again = mats(problem.thetas, problem.statistics, objective="gram", damping=0.1, init=solution)
+    for block in again.blocks.values():
+        assert block.iterations == 0 and block.converged and block.residuals[0] < 1e-9
 
 
 # -- the preconditioner ------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
+import torch
 from torch import Tensor
 
 from mats_lightning.merging.models import check_range
 from mats_lightning.merging.preconditioner import PRECONDITIONERS, block_preconditioner
 from mats_lightning.merging.results import Block
 from mats_lightning.operators import Operator, sum_of_products
-from mats_lightning.solvers import Function, Solution, conjugate_gradient
+from mats_lightning.solvers import Solution, conjugate_gradient
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,21 @@ class BlockSolver:
             known = ", ".join(map(repr, PRECONDITIONERS))
             raise ValueError(f"preconditioner={self.preconditioner!r}; choose {known} or None")
         check_range("preconditioner_damping", self.preconditioner_damping)
+        check_range("tolerance", self.tolerance)
 
     def solve(
         self,
         operators: Sequence[Operator],
         b: Tensor,
-        x0: Tensor,
         counts: Sequence[int],
         reach: float = math.inf,
-        residual: Function | None = None,
+        scale: float = 0.0,
     ) -> Solution:
-        """x with sum C_i x = b, and its states after these counts of iterations.
+        """delta with sum C_i delta = b, and its states after these counts of iterations.
 
-        It starts at x0 and ends at this distance from it. `residual` and errors: see
-        `conjugate_gradient` and `block_preconditioner`.
+        It starts at 0 and ends at this distance from it. What is solved for is a difference, so
+        that neither rounding nor the stop depends on how large the weights themselves are. `scale`
+        and errors: see `conjugate_gradient` and `block_preconditioner`.
         """
         inverse = None
         if (kind := self.preconditioner) is not None:
@@ -48,11 +50,11 @@ class BlockSolver:
         return conjugate_gradient(
             lambda x: sum_of_products(operators, repeat(x, len(operators))),
             b,
-            x0,
+            torch.zeros_like(b),
             iterations=max(counts),
             tolerance=self.tolerance,
             preconditioner=inverse,
-            residual=residual,
+            scale=scale,
             radius=reach,
             keep=counts,
         )

@@ -124,7 +124,8 @@ def mats(
             does not.
         fold_bias: solve for [W b] together, with the A of the inputs with a 1 behind them, where
             a weight has A and a bias; else biases are blocks of their own, or uncovered (gram).
-        tolerance: a block whose relative residual is below it is done.
+        tolerance: a block is done when its residual |sum w_i C_i (theta_i - theta)| is below this
+            share of the start's, or of the average's where that is larger.
         averaged: regular expressions; a parameter whose name has one of them has C_i = I, so it is
             averaged. K-FAC of a layer can be far from its true curvature: of the patches of an
             image, for example, where all positions and gradients depend on each other.
@@ -171,6 +172,8 @@ def mats(
         blocks = [form.of(source[name].detach().to(tensors[0])) for source in sources]
         if bias is not None:
             blocks = [beside(x, source[bias]) for x, source in zip(blocks, sources, strict=True)]
+        average = weighted_mean(blocks[: len(thetas)], w)
+        x0 = average if start is None else blocks[-1]
         solution = _solve(
             solver,
             name,
@@ -187,12 +190,14 @@ def mats(
                 with_bias=bias is not None,
             ),
             blocks[: len(thetas)],
-            weighted_mean(blocks, w) if start is None else blocks[-1],
+            average,
+            x0,
             radius,
             counts,
         )
         for count, result in results.items():
-            value, block = solution.kept[count], solver.block(kind_of[name], solution, count)
+            value = x0 + solution.kept[count]
+            block = solver.block(kind_of[name], solution, count)
             if bias is not None:
                 of_bias = stored_dtype([theta[bias] for theta in thetas])
                 result.state_dict[bias] = value[:, -1].to(of_bias)
@@ -209,11 +214,12 @@ def _solve(
     name: str,
     operators: Sequence[Operator],
     tensors: Sequence[Tensor],
+    average: Tensor,
     x0: Tensor,
     radius: float | None,
     counts: Sequence[int],
 ) -> Solution:
-    """x with sum C_i x = sum C_i theta_i, and its states after these counts of iterations."""
+    """delta with sum C_i (x0 + delta) = sum C_i theta_i, and its states after these counts."""
 
     def residual(x: Tensor) -> Tensor:
         """Small differences are multiplied, not large products subtracted."""
@@ -221,8 +227,9 @@ def _solve(
 
     reach = math.inf if radius is None else radius * distance(tensors, x0)
     try:
-        b = sum_of_products(operators, tensors)
-        return solver.solve(operators, b, x0, counts, reach, residual)
+        b = residual(x0)
+        scale = 0.0 if average is x0 else float(residual(average).norm())
+        return solver.solve(operators, b, counts, reach, scale)
     except ValueError as error:
         raise ValueError(f"MaTS of '{name}': {error}") from error
 

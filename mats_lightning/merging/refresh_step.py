@@ -154,7 +154,7 @@ def refresh_step(
                     reach = math.inf
             delta, block = torch.zeros_like(b), Block(kind_of[name], 0, [0.0], True, False)
             if any(scales):  # or else there is no curvature in any task
-                solution = solver.solve(operators, b, delta, [iterations], reach)
+                solution = solver.solve(operators, b, [iterations], reach)
                 delta, block = solution.value, solver.block(kind_of[name], solution, iterations)
         except ValueError as error:
             raise ValueError(f"refresh of '{name}': {error}") from error

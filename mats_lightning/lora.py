@@ -181,6 +181,8 @@ def take_form(module: nn.Module, lora: Lora) -> None:
     The factors of layers that change are empty then, and wait for a state dict. The configuration
     that the module was built with stays beside that of its new form, for its task's checkpoint.
     """
+    if lora.config.get("target_parameters"):
+        return  # A has rows for each expert, and no such adapter is merged as products
     layers: dict[str, Any] = {plain_name(name): layer for name, layer in module.named_modules()}
     for name in lora.layers:
         layer, rank, scaling = layers[name], len(lora.weights[name + A]), lora.scaling(name)
@@ -188,8 +190,9 @@ def take_form(module: nn.Module, lora: Lora) -> None:
             continue
         a, b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
         a.out_features = b.in_features = layer.r[ADAPTER_NAME] = rank
-        a.weight = nn.Parameter(a.weight.new_empty(rank, a.in_features))
-        b.weight = nn.Parameter(b.weight.new_empty(b.out_features, rank))
+        for factor, shape in [(a, (rank, a.in_features)), (b, (b.out_features, rank))]:
+            trains = factor.weight.requires_grad
+            factor.weight = nn.Parameter(factor.weight.new_empty(shape), requires_grad=trains)
         layer.scaling[ADAPTER_NAME] = scaling
     for config in adapter_configs(module):
         if not hasattr(config, AS_BUILT):

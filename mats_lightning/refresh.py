@@ -32,6 +32,7 @@ from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn
 from mats_lightning.rounds import Folder, RefreshPlan, Round, State, last_kept
 from mats_lightning.sampled import LogitsFn, choose_fisher
+from mats_lightning.sidecar import name_of
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.digest import digest
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
@@ -187,6 +188,7 @@ class _Refresh:
     def _about_tasks(self) -> dict[str, Any]:
         """What decides the rounds beside the plan and the merge: a folder is of these alone."""
         merged_heads = self.module.own_heads()
+        options = {name: name_of(value) for name, value in self.tasks.statistics_options.items()}
         return {
             name: {
                 "metric": task.metric,
@@ -194,6 +196,7 @@ class _Refresh:
                 "head": digest({n: task.weights[n] for n in merged_heads.get(name, ())}),
                 "rows": self.tasks.choice[name],
                 "number of validation batches": self.tasks.validated(name),
+                "statistics_options": options,
             }
             for name, task in self.module.tasks.items()
         }
@@ -338,7 +341,12 @@ class _Refresh:
         """Puts the scores into the module and takes the losses; the seconds that it took."""
         started = time.perf_counter()
         self.module.scores = {}
-        self.trainer.validate(self.module, verbose=False)
+        loop = self.trainer.validate_loop
+        usual, loop.inference_mode = loop.inference_mode, False  # tensors that it leaves must train
+        try:
+            self.trainer.validate(self.module, verbose=False)
+        finally:
+            loop.inference_mode = usual
         if not self.module.scores:
             raise ValueError(
                 "validation has run no batch, and it decides what a refresh keeps: give the tasks"

@@ -1,7 +1,7 @@
 """The plan and the record of a refresh: its rounds, and the folder in which they are kept."""
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
+import torch
 from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
@@ -19,12 +20,12 @@ from mats_lightning.merging.models import Weights, check_range
 from mats_lightning.merging.results import objective_kinds
 from mats_lightning.sampled import FISHERS, Fisher
 from mats_lightning.sidecar import SUFFIX
-from mats_lightning.statistics.digest import digest
 
 State = dict[str, Tensor]
 LABELS = ("data", "teacher")
 WAYS = ("solving", "training")
 JUDGES = ("score", "loss")
+ROUNDING = 1e-5  # what other threads or another machine change in the norm of a parameter
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,6 @@ class _History:
 
     plan: dict[str, Any]
     tasks: dict[str, Any]
-    start: str  # digest of the weights
     rounds: list[Round]
 
 
@@ -184,7 +184,8 @@ class Folder:
 
         Raises ValueError where they are of another plan (`rounds` aside: more of them may follow),
         of other tasks, or from other weights than `start`, which may also be those after the last
-        of them; and for a history that another version wrote.
+        of them; and for a history that another version wrote. The same merge on another machine
+        differs by rounding: what is kept is what goes on.
         """
         known = self._known()
         if known is None:
@@ -208,10 +209,12 @@ class Folder:
                     f"{self.path} holds a refresh of other tasks: '{task}' {odd}. Give the same"
                     " tasks to go on, or another folder"
                 )
-        if _of_state(start) not in (known.start, _of_state(self.state(last_kept(known.rounds)))):
+        apart = min(_apart(start, self.state(n)) for n in {0, last_kept(known.rounds)})
+        if apart > ROUNDING:
             raise ValueError(
-                f"{self.path} holds a refresh that started from other merged weights: merge as"
-                " before to go on, or give another folder"
+                f"{self.path} holds a refresh that started from other merged weights (a parameter"
+                f" differs by {apart:.1e} of its norm): merge as before to go on, or give another"
+                " folder"
             )
         return known.rounds
 
@@ -236,12 +239,7 @@ class Folder:
         state: Weights,
         heads: Mapping[str, Weights],
     ) -> None:
-        """Write the state and heads after the last of these rounds, then the record of all.
-
-        What is kept first is the start.
-        """
-        known = self._known()
-        start = _of_state(state) if known is None else known.start
+        """Write the state and heads after the last of these rounds, then the record of all."""
         self.path.mkdir(parents=True, exist_ok=True)
         last = rounds[-1]
         if last.taken or not last.number:
@@ -253,7 +251,7 @@ class Folder:
             }
             if fitted:
                 save_state(fitted, self.fitted_heads(last.number))
-        done = asdict(_History(dict(plan), dict(tasks), start, rounds))
+        done = asdict(_History(dict(plan), dict(tasks), rounds))
         write_text(self.path / "history.json", json.dumps(done, indent=2) + "\n")
 
     def weights(self, number: int) -> Path:
@@ -293,6 +291,14 @@ def _as_kept(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _of_state(state: Weights) -> str:
-    text = json.dumps(digest(state), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _apart(found: Weights, kept: Weights) -> float:
+    """The largest |found - kept| / |kept| of a tensor; inf where these are not of one model."""
+    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in kept.items()}:
+        return math.inf
+    apart = 0.0
+    for name, tensor in kept.items():
+        other = found[name].cpu()
+        if not torch.equal(other, tensor):
+            norm = float(tensor.double().norm())
+            apart = max(apart, float((other.double() - tensor.double()).norm()) / (norm or 1.0))
+    return apart

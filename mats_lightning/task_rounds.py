@@ -79,9 +79,9 @@ class TaskRounds:
             task = self.module.tasks[name]
             loss_fn, teacher = self.loss_fn, None
             trained = map(plain_name, dict(task.module.named_parameters()))
+            if self.plan.labels == "teacher":
+                loss_fn, teacher = self._teacher(task)
             with self._on_device(task):
-                if self.plan.labels == "teacher":
-                    loss_fn, teacher = self._teacher(task)
                 found = fit_head(
                     task.module,
                     self._rows[name],
@@ -162,7 +162,10 @@ class TaskRounds:
         return self.module.scores[task.name]
 
     def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
-        """The task's own model, where its module is, and the loss that it gives."""
+        """The task's own model, on the device, and the loss that it gives.
+
+        Before the module has the data module's hooks: a copy of these would copy the data.
+        """
         assert self.logits_fn is not None
         teacher = copy.deepcopy(task.module)
         load_state(teacher, task.weights, lora_of(task))  # a merge may have changed its form
@@ -174,11 +177,10 @@ class TaskRounds:
         options = dict(self.statistics_options)
         if plan.fisher == "sampled":
             options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
+        if plan.mix > 0 or plan.fisher == "empirical":  # sampled curvature has a loss of its own
+            teaches = plan.labels == "teacher"
+            options["loss_fn"] = self._teacher(task)[0] if teaches else self.loss_fn
         with self._on_device(task):
-            if plan.labels == "teacher" and (plan.mix > 0 or plan.fisher == "empirical"):
-                options["loss_fn"], _ = self._teacher(task)
-            elif self.loss_fn is not None:
-                options["loss_fn"] = self.loss_fn
             return statistics_at(
                 task.module,
                 state,
@@ -248,10 +250,12 @@ def with_older(found: Statistics, older: Statistics, decay: float) -> Statistics
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:
+    """Its own tables and files aside. What a module keeps of a validation can train afterwards."""
     return pl.Trainer(
         **{"devices": 1, **options},
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        inference_mode=False,
     )

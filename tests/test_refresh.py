@@ -295,9 +295,31 @@ def test_another_refresh_in_the_folder_is_refused(
         refreshed(merged(suite), mix=1.0, folder=tmp_path)
     with pytest.raises(ValueError, match="started from other merged weights"):
         refreshed(merged(suite, iterations=1), folder=tmp_path)
+    with pytest.raises(ValueError, match="has another statistics_options"):
+        refreshed(merged(suite), folder=tmp_path, statistics_options={"loss_reduction": "sum"})
 
 
-@pytest.mark.parametrize("lost", ["tasks", "start", "rounds", "scores", "everything"])
+def test_a_merge_that_differs_by_rounding_goes_on_with_what_is_kept(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another machine, or with other threads."""
+    seen = taking(monkeypatch, 0.1, 0.2, 0.3)
+    refreshed(merged(suite), rows=20, folder=tmp_path)
+    module = merged(suite)
+    module.merge()
+    near = {name: t * (1 + 1e-6 * torch.randn_like(t)) for name, t in module.shared_state().items()}
+    assert differ(near, module.shared_state())
+    monkeypatch.setattr(module, "merge", lambda *_: None)
+    module.replace_shared(merging.MergeResult(near), {})
+    rounds = refreshed(module, rows=20, folder=tmp_path)
+    assert [done.average for done in rounds] == [0.1, 0.2]
+    assert_same(module.shared_state(), seen[1])
+    module.replace_shared(merging.MergeResult({n: t * (1 + 1e-4) for n, t in near.items()}), {})
+    with pytest.raises(ValueError, match=r"differs by 1\.0e-04 of its norm\): merge as before"):
+        refreshed(module, rows=20, folder=tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["tasks", "rounds", "scores", "everything"])
 def test_a_history_of_another_version_is_refused(tmp_path: Path, lost: str) -> None:
     plan, tasks, state = {"rows": 20}, {"log": {"metric": "accuracy"}}, {"w": torch.ones(2)}
     folder, done = Folder(tmp_path), [Round(0, 0.0, {"log": 0.5}, {})]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -124,6 +125,67 @@ def test_batches_come_by_the_hooks_of_the_data_module(suite: Suite, by: str) -> 
             assert one.losses == pytest.approx(other.losses, rel=1e-4)
         for name, tensor in results[0][1].items():
             torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+class Locked(TrainingData):
+    """Has a hook, and what cannot be copied."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task)
+        self.lock = Lock()
+
+    def on_after_batch_transfer(self, batch: Any, index: int) -> Any:
+        return batch
+
+
+@pytest.mark.parametrize("plan", [{"by": "training"}, {"by": "solving"}, {"rounds": 0}])
+def test_a_teacher_is_no_copy_of_the_data(suite: Suite, plan: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"heads": (5,), "labels": "teacher", "logits_fn": logits_of} | plan
+    found, wanted = (
+        refreshed(merge_of(suite, Classifier, data), **options) for data in (Locked, TrainingData)
+    )
+    assert [done.losses for done in found] == [done.losses for done in wanted]
+
+
+class Caching(Classifier):
+    """Keeps a tensor that its first forward pass makes, as for positions."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0.9, 1.1, x.shape[1])
+        logits: Tensor = super().forward(x * self.table)
+        return logits
+
+
+@pytest.mark.parametrize("by", ["solving", "training"])
+def test_what_a_validation_leaves_in_a_module_can_train(suite: Suite, by: str) -> None:
+    module = merge_of(suite, Caching, TrainingData)
+    trainer = make_trainer(inference_mode=True)
+    plan = RefreshPlan(by=by, labels="data", heads=(5,))  # type: ignore[arg-type]
+    assert len(refresh(module, plan, trainer=trainer, progress=False)) == 2
+    assert trainer.validate_loop.inference_mode
+
+
+@pytest.mark.parametrize("labels", ["data", "teacher"])
+def test_sampled_curvature_goes_with_a_loss_of_its_own(suite: Suite, labels: str) -> None:
+    """The loss is for heads and what judges."""
+
+    def run(**options: Any) -> list[Round]:
+        module = merge_of(suite, Classifier, TrainingData)
+        plan: Any = {"by": "solving", "fisher": "sampled", "heads": (5,), "labels": labels}
+        return refresh(
+            module,
+            RefreshPlan(**plan),
+            trainer=make_trainer(),
+            progress=False,
+            logits_fn=logits_of,
+            **options,
+        )
+
+    found = run(loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    assert [done.losses for done in found] == [done.losses for done in run()]
 
 
 class Splitting(TrainingData):

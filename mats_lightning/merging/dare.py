@@ -13,6 +13,7 @@ from mats_lightning.merging.models import (
     check_models,
     check_weights,
     counted,
+    is_finite,
     merge_dtype,
     of_batch_norm,
 )
@@ -59,10 +60,12 @@ def dare(
 def drop_and_rescale(
     thetas: Sequence[Weights], pretrained: Weights, drop_rate: float, *, seed: int = 0
 ) -> list[Weights]:
-    """theta_0 + m_i (theta_i - theta_0) / (1 - drop_rate) of each model, for any merge function.
+    """theta_0 + m_i (theta_i - theta_0) / (1 - drop_rate) of each model.
 
-    In expectation it is theta_i. Computed as it is read, in float32 at least (what a narrower
-    dtype would round away is what was dropped). Counters and running statistics are as they were.
+    In expectation it is theta_i; statistics of theta_i do not belong to it, so it is for merge
+    functions without any. Computed as it is read, in float32 at least (what a narrower dtype would
+    round away is what was dropped). Counters, running statistics and what has inf in it are as
+    they were.
 
     Raises ValueError for models that do not fit together or a drop rate outside [0, 1).
     """
@@ -88,7 +91,8 @@ class Sparse(Lazy[Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._theta[name].detach()
-        if not tensor.is_floating_point() or of_batch_norm(name, self._theta):
+        moves = tensor.is_floating_point() and is_finite(tensor)
+        if not moves or of_batch_norm(name, self._theta):
             return tensor
         start = self._pretrained[name].detach()
         # theta_0 unrounded, or what is dropped would be small instead of 0

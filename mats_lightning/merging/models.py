@@ -146,8 +146,9 @@ def parameters(
     """(name, the models' tensors in the dtype to compute in, the dtype to return), one at a time.
 
     What batch normalisation averages goes to `merged`, weighted by weights times counts. What is
-    not floating point (position ids, counters) is not merged: it must be equal in all models and
-    goes to `merged` as it is. Raises ValueError where it is not equal.
+    not floating point (position ids, counters) or has inf in it (an attention mask) is not merged:
+    it must be equal in all models and goes to `merged` as it is. Raises ValueError where it is not
+    equal, NaN among it.
     """
     running = _running_statistics(names, thetas, weights)
     merged |= running
@@ -155,18 +156,22 @@ def parameters(
         if name in running:
             continue
         tensors = [theta[name].detach() for theta in thetas]
-        if all(tensor.is_floating_point() for tensor in tensors):
+        if all(tensor.is_floating_point() and is_finite(tensor) for tensor in tensors):
             dtype = merge_dtype(tensors)
             yield name, [tensor.to(dtype) for tensor in tensors], stored_dtype(tensors)
             continue
         for i, tensor in enumerate(tensors):
             if not torch.equal(tensor, tensors[0]) or tensor.dtype != tensors[0].dtype:
+                why = "has NaN or inf" if tensor.is_floating_point() else "is not floating point"
                 raise ValueError(
                     f"'{name}' differs between model 0 ({tensors[0].dtype}) and model {i}"
-                    f" ({tensor.dtype}) and cannot be merged, since it is not floating point;"
-                    " leave it out"
+                    f" ({tensor.dtype}) and cannot be merged, since it {why}; leave it out"
                 )
         merged[name] = tensors[0].clone()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def of_batch_norm(name: str, names: Container[str]) -> bool:

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from mats_lightning.merging.models import Weights, check_models, merge_dtype, of_batch_norm
+from mats_lightning.merging.models import (
+    Weights,
+    check_models,
+    is_finite,
+    merge_dtype,
+    of_batch_norm,
+)
 
 
 def rescale(merged: Weights, pretrained: Weights, scale: float) -> dict[str, Tensor]:
@@ -13,8 +19,8 @@ def rescale(merged: Weights, pretrained: Weights, scale: float) -> dict[str, Ten
 
     Task arithmetic and its heirs choose such a scale (Ilharco et al., arXiv 2212.04089). A mean by
     curvature can need one as well: the curvature of the other tasks holds back what one task has
-    changed, so that the merged task vector is shorter than the tasks' own. Counters and running
-    statistics stay as they were merged.
+    changed, so that the merged task vector is shorter than the tasks' own. Counters, running
+    statistics and what has inf in it stay as they were merged.
 
     Raises ValueError for models that do not fit together, or a scale that is no number.
     """
@@ -27,7 +33,8 @@ def rescaled(merged: Weights, pretrained: Weights, scale: float) -> Iterator[tup
         raise ValueError(f"scale={scale}: a finite number is needed")
     for name in check_models([merged], pretrained):
         theta, start = merged[name], pretrained[name]
-        if not theta.is_floating_point() or of_batch_norm(name, merged):
+        moves = theta.is_floating_point() and is_finite(theta)
+        if not moves or of_batch_norm(name, merged):
             yield name, theta
             continue
         dtype = merge_dtype([theta, start])

@@ -10,6 +10,7 @@ from mats_lightning.merging.models import (
     check_models,
     check_weights,
     counted,
+    is_finite,
     merge_dtype,
     of_batch_norm,
     parameters,
@@ -27,7 +28,8 @@ def ties(
     """theta_0 + scale tau, tau made of the task vectors tau_i = theta_i - theta_0 in three steps.
 
     Trim: of each tau_i the share `density` of largest magnitude is kept, over the whole model
-    (what batch normalisation keeps is no part of it, and merged by its counts).
+    (what batch normalisation keeps is no part of it, and merged by its counts; nor is what has
+    inf in it).
     Elect: the sign of sum w_i tau_i. Merge: the mean of the tau_i that have this sign, weighted.
 
     Raises ValueError for models that do not fit together, bad weights or density outside (0, 1].
@@ -64,7 +66,9 @@ def _thresholds(
     dtypes = {
         name: merge_dtype([theta[name] for theta in thetas])
         for name in names
-        if thetas[0][name].is_floating_point() and not of_batch_norm(name, names)
+        if thetas[0][name].is_floating_point()
+        and is_finite(thetas[0][name])
+        and not of_batch_norm(name, names)
     }
     if not dtypes:
         return [0.0] * len(thetas)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 README = "README.md"
 HEADS = "heads"
+OF_MODELS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md"}  # weights, tokenizer, card
 NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')  # on any of the systems that may load the folder
 
 
@@ -42,8 +43,8 @@ def export_huggingface(
     between the two renames leaves it beside as `.<name>.old`.
 
     Returns the folder. Raises FileExistsError where the folder holds something (with `overwrite`:
-    something else than a model or an adapter), and ValueError for a task's name that is no file
-    name and an option that is no plain value.
+    something that no model or adapter has) or is the one that the program runs in, and ValueError
+    for a task's name that is no file name and an option that is no plain value.
     """
     folder = Path(folder).resolve()
     _check_target(folder, overwrite)
@@ -138,6 +139,11 @@ def backbone_prefix(task: str, module: nn.Module) -> str:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
+    if Path.cwd().is_relative_to(folder):
+        raise FileExistsError(
+            f"{folder} is what the program runs in, and would be replaced as a whole: export to"
+            " another folder, one inside of it for example"
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
@@ -152,6 +158,12 @@ def _check_target(folder: Path, overwrite: bool) -> None:
             f" {ADAPTER_CONFIG}), which overwrite=True does not replace: export to another folder,"
             " or empty this one"
         )
+    for file in sorted(file for file in folder.rglob("*") if not file.is_dir()):
+        if file.suffix not in OF_MODELS or file.parent not in (folder, folder / HEADS):
+            raise FileExistsError(
+                f"{folder} holds {file.relative_to(folder)}, which is no part of an export, and"
+                " overwrite=True would remove it: export to another folder, or move it away"
+            )
 
 
 def _check_names(tasks: Iterable[str]) -> None:

@@ -186,7 +186,10 @@ class JointMerge:
         """Arguments of the merge function, for these tasks and parameters."""
         options = {**self.method.options, "weights": [self.weights[name] for name in members]}
         if self.method.takes("statistics"):
-            options["statistics"] = [self._statistics(member, names) for member in members]
+            options["statistics"] = [  # of a task without weight none are read
+                self._statistics(member, names) if self.weights[member] else Statistics()
+                for member in members
+            ]
         if "averaged" in options:
             options["averaged"] = self._averaged(names)
         return options

@@ -45,20 +45,22 @@ def train_together(
         batches: task -> its rows; a loader that does not shuffle, or any iterable.
         heads: task -> names of its own parameters that train along; their result is dropped.
         loss_fns: task -> (module, batch) -> loss; None for the module's own.
-        weights: task -> what its loss is multiplied by, beside their mean.
+        weights: task -> what its loss is multiplied by, beside their mean; of 0, it takes no part.
         device: where it is done; the modules may be elsewhere.
         kept: names of shared parameters that do not train; of tied ones, any name.
 
     Raises ValueError for tasks without a batch, nothing that trains, 16-bit parameters, in which
     small steps are lost, and a loss that is not finite.
     """
+    modules = {task: module for task, module in modules.items() if weights[task]}
     if half := [name for name, tensor in shared.items() if tensor.dtype in HALF]:
         raise ValueError(
             f"'{half[0]}' is in {shared[half[0]].dtype}, in which small steps are lost: convert the"
             " tasks' modules with module.float() to train them"
         )
     sized: dict[str, Any] = {
-        task: list(own) if sized_len(own) is None else own for task, own in batches.items()
+        task: list(batches[task]) if sized_len(batches[task]) is None else batches[task]
+        for task in modules
     }
     if empty := [task for task, own in sized.items() if not len(own)]:
         raise ValueError(f"no rows to train on: the batches of task '{empty[0]}' are empty")

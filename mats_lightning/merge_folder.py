@@ -17,6 +17,8 @@ from mats_lightning.names import plain_name
 from mats_lightning.sidecar import versions
 from mats_lightning.tasks import Task
 
+WITHOUT_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -76,10 +78,11 @@ def _export_adapter(
     weights = {adapter_key(n.removeprefix(first.prefix)): state[n] for n in merged.shared}
     heads = {name: _head(task, merged.state_of(name)) for name, task in joint.tasks.items()}
     card = _card(joint, merged, scores, config.get("base_model_name_or_path"))
+    # with the type of a classification peft would expect its head in the file
+    kind = config.get("task_type") if config.get("task_type") in WITHOUT_HEAD else None
     return export_adapter(
         folder,
-        # with a task's type peft would expect the head in the file, too
-        {**config, "modules_to_save": None, "task_type": None},
+        {**config, "modules_to_save": None, "task_type": kind},
         weights,
         {name: head for name, head in heads.items() if head},
         card,

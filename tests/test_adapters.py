@@ -1,5 +1,6 @@
 """Adapters in a MergeModule: merged as products, of unlike form, exported, and (IA)^3."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from test_lora import (
     saved,
     tasks,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -193,6 +194,57 @@ def test_statistics_of_the_factors_alone_are_none_of_products(tmp_path: Path) ->
         module.merge(progress=False)
 
 
+class Experts(nn.Module):
+    """Fused weights of four experts, as in mixtures: peft adapts them as one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(4, 6, 8, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,eio->neo", x, self.up).mean(1)
+
+
+class Mixture(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.up"])
+        self.backbone = get_peft_model(nn.ModuleDict({"experts": Experts()}), config)  # type: ignore[arg-type]
+
+    def test_step(self, batch: Any) -> None: ...
+
+
+@pytest.mark.parametrize("method", ["average", "individual"])
+def test_adapters_of_experts_keep_their_scaling(tmp_path: Path, method: str) -> None:
+    """Their A has r rows for each expert, and alpha is divided by r all the same."""
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+    def output(module: Any) -> Tensor:
+        found: Tensor = module.backbone.base_model.model["experts"](x)
+        return found
+
+    torch.manual_seed(2)
+    own = Mixture()
+    for parameter in own.backbone.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    own.backbone.save_pretrained(tmp_path)
+    pair = [Task(name, Mixture(), tmp_path, ROWS, head=(), prefix="backbone.") for name in "ab"]
+    module = MergeModule(pair, method)
+    module.merge(progress=False)
+    torch.testing.assert_close(output(module.model("a")), output(own))
+    assert not torch.allclose(output(own), output(Mixture()), atol=0.1)
+
+
+def test_adapters_that_were_frozen_stay_so(tmp_path: Path) -> None:
+    pair = tasks(tmp_path)
+    for task in pair:
+        task.module.requires_grad_(False)
+    MergeModule(pair, "average", {"lora_rank": 4}).merge(progress=False)
+    assert not any(p.requires_grad for task in pair for p in task.module.parameters())
+
+
 def test_each_merge_brings_its_own_rank(tmp_path: Path) -> None:
     """Other merges of the same tasks find their modules as they need them."""
     pair = tasks(tmp_path)
@@ -343,6 +395,19 @@ def test_the_head_of_a_group_is_exported_as_it_was_merged(tmp_path: Path) -> Non
         torch.testing.assert_close(head[name], mean)
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "# the minilm that it was trained on" in readme and "someone" not in readme
+
+
+@pytest.mark.parametrize("kind", ["CAUSAL_LM", "SEQ_CLS", None])
+def test_the_type_of_a_task_is_exported_where_it_asks_for_no_head(
+    tmp_path: Path, kind: str | None
+) -> None:
+    """AutoPeftModel needs it."""
+    pair = tasks(tmp_path)
+    for task in pair:
+        change_config(Path(task.checkpoint), task_type=kind)
+    folder = MergeModule(pair, "average").export(tmp_path / "merged")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["task_type"] == (kind if kind == "CAUSAL_LM" else None)
 
 
 # -- (IA)^3 ------------------------------------------------------------------------------------

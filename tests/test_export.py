@@ -235,6 +235,32 @@ def test_folder_that_is_not_empty(tmp_path: Path, model: BertModel) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("mine", ["train.py", "data/labels.csv", "data/config.json", "last.ckpt"])
+def test_what_no_export_wrote_is_not_removed(tmp_path: Path, model: BertModel, mine: str) -> None:
+    """A project's folder can have a config.json, too."""
+    heads = {"log": {"weight": torch.ones(2)}}
+    export_huggingface(tmp_path / "merged", model, None, heads, CARD)
+    file = tmp_path / "merged" / mine
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"holds {mine}, which is no part of an export"):
+        export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+    assert file.read_text() == "mine"
+    file.unlink()
+    export_huggingface(tmp_path / "merged", model, None, {}, CARD, overwrite=True)
+
+
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_the_folder_that_the_program_runs_in_stays(
+    tmp_path: Path, model: BertModel, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(FileExistsError, match="is what the program runs in"):
+        export_huggingface(folder, model, None, {}, CARD, overwrite=True)
+    assert Path.cwd().exists()
+
+
 class Encoder(T5EncoderModel):
     """Of a module that is no part of transformers."""
 

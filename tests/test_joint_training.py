@@ -94,6 +94,14 @@ def train(modules: dict[str, Net], **options: Any) -> tuple[dict[str, Tensor], l
     return train_together(modules, **(defaults | options)), came
 
 
+def test_a_task_of_weight_0_has_no_part() -> None:
+    modules = nets()
+    found, came = train(modules, weights={"a": 2.0, "b": 0.0})
+    expected, _ = train({"a": modules["a"]})
+    torch.testing.assert_close(found, expected)
+    assert {task for task, _ in came} == {"a"}
+
+
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}])
 @pytest.mark.parametrize("heads", [True, False])
 def test_it_is_the_training_of_one_model_with_two_heads(

@@ -1007,6 +1007,25 @@ def test_what_is_not_floating_point_is_kept_where_it_is_equal(
 
 
 @every_method
+def test_what_has_inf_in_it_is_kept_where_it_is_equal(problem: Problem, merge: Merge) -> None:
+    """An attention mask that is saved with the model: its differences would be NaN."""
+    expected = merge(problem)
+    mask = torch.full((30, 30), -torch.inf, dtype=torch.float64).triu(1)
+    for state in (*problem.thetas, problem.pretrained):
+        state["mask"] = mask
+    merged = merge(problem)
+    assert torch.equal(merged.pop("mask"), mask)
+    assert_states(merged, expected, 1e-12)
+    problem.thetas[2]["mask"] = mask + 1e-3
+    with pytest.raises(ValueError, match=r"'mask' differs .* model 2 .* inf in model 0, 1, 2"):
+        merge(problem)
+    problem.thetas[2]["mask"] = mask
+    problem.thetas[1]["free"] = torch.full_like(problem.thetas[1]["free"], torch.nan)
+    with pytest.raises(ValueError, match=r"'free' differs .* NaN or inf in model 1;"):
+        merge(problem)
+
+
+@every_method
 def test_numbers_and_counters_under_one_name_are_an_error(problem: Problem, merge: Merge) -> None:
     problem.thetas[1]["free"] = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"'free' differs between model 0 .*int64"):
@@ -1387,5 +1406,5 @@ def test_errors_in_a_solve_name_the_parameter(problem: Problem) -> None:
             preconditioner_damping=0.0,
         )
     problem.thetas[1]["second.weight"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"MaTS of 'second\.weight': NaN or inf"):
+    with pytest.raises(ValueError, match=r"'second\.weight' differs .* NaN or inf in model 1;"):
         mats(problem.thetas, problem.statistics, objective="kfac", preconditioner=None)

@@ -162,10 +162,11 @@ def parameters(
             continue
         for i, tensor in enumerate(tensors):
             if not torch.equal(tensor, tensors[0]) or tensor.dtype != tensors[0].dtype:
-                why = "has NaN or inf" if tensor.is_floating_point() else "is not floating point"
+                odd = [str(k) for k, t in enumerate(tensors) if not is_finite(t)]
+                why = f"it has NaN or inf in model {', '.join(odd)}" if odd else "it is no float"
                 raise ValueError(
                     f"'{name}' differs between model 0 ({tensors[0].dtype}) and model {i}"
-                    f" ({tensor.dtype}) and cannot be merged, since it {why}; leave it out"
+                    f" ({tensor.dtype}) and cannot be merged, since {why}; leave it out"
                 )
         merged[name] = tensors[0].clone()
 

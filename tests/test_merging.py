@@ -1208,6 +1208,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "off_diagonal": ({"off_diagonal": 1.1}, "off_diagonal=1.1: it lies between 0 and 1"),
     "damping": ({"damping": -0.1}, "damping=-0.1: it cannot be negative"),
     "preconditioner_damping": ({"preconditioner_damping": -1.0}, "preconditioner_damping=-1.0: it"),
+    "tolerance": ({"tolerance": float("nan")}, "tolerance=nan: it cannot be negative"),
     "floor": ({"floor": float("nan")}, "floor=nan: it cannot be negative"),
 }
 

@@ -870,6 +870,17 @@ def test_warnings_of_the_merge_say_which_model_is_which_task(suite: Suite) -> No
         module.merge(progress=False)
 
 
+def test_a_task_of_weight_0_needs_no_statistics(suite: Suite, tmp_path: Path) -> None:
+    tasks = suite.tasks("log", "dict", "metric")
+    bare = Path(shutil.copy(tasks[0].checkpoint, tmp_path))
+    assert not sidecar_path(bare).exists()
+    tasks[0] = replace(tasks[0], checkpoint=bare)
+    found = MergeModule(tasks, "mats", {"weights": [0.0, 1.0, 1.0]}).shared_state()
+    expected = MergeModule(tasks[1:], "mats").shared_state()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_another_head_size_without_head(suite: Suite) -> None:
     message = (
         r"average of the shared parameters: 'head\.weight' has shape \(2, 8\) in model 0 and"

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from mats_lightning.batches import first_rows, rows_to_pick
 from mats_lightning.distillation import soft_targets
@@ -65,6 +65,8 @@ class TaskRounds:
         )
         # how many rows there are to choose from; None where batches are given
         self.choice: dict[str, int | None] = {}
+        # task -> what its own model gives for batches, which come again and again
+        self._targets: dict[str, dict[bytes, Tensor]] = {name: {} for name in module.tasks}
         # asked for once: a setup that splits at random gives other rows each time
         self._rows = {name: self._picked(task) for name, task in module.tasks.items()}
         self._validation = {
@@ -170,7 +172,7 @@ class TaskRounds:
         teacher = copy.deepcopy(task.module)
         load_state(teacher, task.weights, lora_of(task))  # a merge may have changed its form
         teacher.to(self.device)
-        return soft_targets(teacher, self.logits_fn), teacher
+        return soft_targets(teacher, self.logits_fn, self._targets[task.name]), teacher
 
     def _collected(self, task: Task, state: State) -> Statistics:
         plan = self.plan

@@ -214,6 +214,38 @@ def test_the_teacher_has_no_dropout_and_keeps_its_mode() -> None:
     assert teacher.training and not teacher.first.training
 
 
+@pytest.mark.parametrize(
+    ("other", "runs"),
+    [
+        ({}, 1),
+        ({"x": torch.ones(5, 4)}, 2),
+        ({"note": "b"}, 2),
+        ({"note": object()}, 2),
+        ({"more": [1]}, 2),
+    ],
+)
+def test_what_a_teacher_gave_is_kept_for_batches_of_equal_content(
+    other: dict[str, Any], runs: int
+) -> None:
+    torch.manual_seed(0)
+    teacher, model, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4)
+    came = []
+
+    def logits(module: nn.Module, batch: dict[str, Any]) -> Tensor:
+        if module is teacher:
+            came.append(batch)
+        found: Tensor = module(batch["x"])
+        return found
+
+    kept: dict[bytes, Tensor] = {}
+    first, second = {"x": x, "note": "a"}, {"x": x.clone(), "note": "a"} | other
+    for batch in (first, second):
+        loss = soft_targets(teacher, logits, kept)(model, batch)
+        expected = -(teacher(batch["x"]).softmax(-1) * model(batch["x"]).log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(loss, expected.mean())
+    assert len(came) == runs
+
+
 def test_a_teacher_of_another_task_is_refused() -> None:
     teacher = made(0)
     teacher.second = nn.Linear(5, 4).double()

@@ -147,6 +147,36 @@ def test_a_teacher_is_no_copy_of_the_data(suite: Suite, plan: dict[str, Any]) ->
     assert [done.losses for done in found] == [done.losses for done in wanted]
 
 
+@pytest.mark.parametrize("by", ["solving", "training"])
+def test_a_teacher_runs_once_for_each_batch(
+    suite: Suite, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[list[Any], dict[str, Tensor], int]:
+        module = merge_of(suite, Classifier, TrainingData)
+        own = {id(task.module) for task in module.tasks.values()}
+        came: list[int] = []
+
+        def logits(model: Any, batch: list[Tensor]) -> Tensor:
+            if id(model) not in own:
+                came.append(len(batch[1]))
+            return logits_of(model, batch)
+
+        options: dict[str, Any] = {"by": by, "rows": 20, "heads": (5,), "judge": "loss"}
+        options |= {"rounds": 2, "learning_rate": 0.01, "labels": "teacher"}
+        found = refreshed(module, logits_fn=logits, **options)
+        judged = [(done.tried, done.losses, done.heads) for done in found]
+        return judged, module.shared_state(), sum(came)
+
+    found, state, examples = run()
+    monkeypatch.setattr("mats_lightning.distillation._content", lambda batch: None)
+    expected, expected_state, many = run()
+    assert found == expected
+    for name, tensor in expected_state.items():
+        assert torch.equal(state[name], tensor), name
+    validated = sum(len(rows(name, "validate")) for name in CLASSES)
+    assert examples == 20 * len(CLASSES) + validated < many / 3
+
+
 class Caching(Classifier):
     """Keeps a tensor that its first forward pass makes, as for positions."""
 

@@ -36,6 +36,7 @@ from models import (
     Twice,
     Volumes,
     Windows,
+    classified,
     ia3,
     images,
     lora,
@@ -250,6 +251,26 @@ def test_a_subset_of_the_statistics(kinds: tuple[str, ...]) -> None:
     assert_close(
         found.tensors, {k: t for k, t in whole.tensors.items() if k.startswith(wanted)}, 0.0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_rms_norm_without_an_eps_of_its_own_has_float32s(dtype: torch.dtype) -> None:
+    """Inputs are so small that the eps of 16 bits would be most of their mean square."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.RMSNorm(D), nn.Linear(D, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return classified(self.head(self.norm(batch["x"])), batch)
+
+    torch.manual_seed(0)
+    model = Small().to(dtype)
+    batches = [to(batch | {"x": batch["x"] * 0.02}, dtype) for batch in vectors()]
+    found, _ = captured(model, batches)
+    wanted = expected(model.float(), [to(batch, torch.float32) for batch in batches])
+    assert_close(found.diagonal_fisher, wanted.diagonal_fisher, 0.03)
 
 
 def test_sums_are_not_taken_in_16_bits() -> None:

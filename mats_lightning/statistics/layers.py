@@ -162,8 +162,8 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGrad
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
     """s = w o x-hat."""
     assert isinstance(module, nn.RMSNorm)
-    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
-    x_hat = F.rms_norm(a, module.normalized_shape, eps=eps)
+    # without an eps that of float32, for inputs in 16 bits too: torch widens them as we do
+    x_hat = F.rms_norm(a, module.normalized_shape, eps=module.eps)
     d = int(module.weight.numel())
     return {"weight": VectorGradients(positions_last(g * x_hat, d).sum(1))}
 

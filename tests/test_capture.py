@@ -36,6 +36,7 @@ from models import (
     Twice,
     Volumes,
     Windows,
+    adapted,
     classified,
     ia3,
     images,
@@ -45,6 +46,7 @@ from models import (
     ways,
 )
 from oracle import Expected, assert_close, expected
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -380,6 +382,32 @@ def test_curvature_of_the_weights_below_a_lora() -> None:
     row = coverage.rows["base_model.model.layer.base_layer.weight"]
     assert row.statistics == ["gram", "kfac"]
     assert "base_model.model.head.weight" not in coverage.rows
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_train_beside_a_lora_leave_the_weights_their_curvature(bias: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["layer", "up"], bias=bias)
+    model: Any = adapted(config, -0.5, 0.5).double()
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), adapted_weights=True)
+    assert_close(found.diagonal_fisher, wanted.diagonal_fisher, 1e-9)
+    assert_close(found.block_fisher, wanted.block_fisher, 1e-9)
+    plain = Adapted().double()
+    plain.load_state_dict(model.merge_and_unload().state_dict())
+    whole, _ = captured(plain, vectors())
+    for name in ("layer", "up"):
+        base = f"base_model.model.{name}.base_layer"
+        torch.testing.assert_close(found.kfac[base], whole.kfac[name])
+        assert coverage.rows[f"{base}.weight"].statistics == ["gram", "kfac"]
+        assert coverage.rows[f"{base}.bias"].statistics == ["diagonal_fisher", "block_fisher"]
+
+
+def test_a_weight_below_a_lora_that_trains_is_like_any_other() -> None:
+    model: Any = lora().double().requires_grad_(True)
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), adapted_weights=True)
+    assert coverage.uncovered == {}
+    assert_equals(found, wanted, 1e-9, [])
 
 
 class Quantized(type(lora().base_model.model.layer)):  # type: ignore[misc]

@@ -12,7 +12,6 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -55,7 +54,7 @@ class Rule:
     parameters: tuple[str, ...] = ("weight", "bias")
     factors: Factors | None = None
     blocks: tuple[str, ...] = ("bias",)  # vectors, whose (d, d) Fisher is worth having
-    trained: bool = True  # there are gradients: not of a frozen weight below an adapter
+    trained: bool = True  # the first parameter is: not a frozen weight below an adapter
     lookup: bool = False  # an embedding, whose A is the diagonal of how often each row is read
     check: Callable[[nn.Module], str | None] = field(default=lambda module: None)  # why not
 

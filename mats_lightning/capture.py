@@ -187,7 +187,8 @@ class Capture:
                 return LookedUpOnce.of(output, examples)
             # A segment that is run again by non-reentrant checkpointing has outputs to which no
             # gradient comes; its first run has.
-            output.register_hook(lambda g: self._gradient_hook(batch, use, g))
+            product, shape = _made_by(covered, output), output.shape
+            product.register_hook(lambda g: self._gradient_hook(batch, use, g.reshape(shape)))
             return None
 
         return hook
@@ -201,6 +202,19 @@ class Capture:
             batch.drop(use.module, why)
         elif batch.backward:  # or else it is of another loss, before the batch's own
             batch.add(use, g)
+
+
+def _made_by(covered: CoveredModule, output: Tensor) -> Tensor:
+    """The tensor to which the gradient of a layer's output comes, whatever is done to that.
+
+    A linear layer gives a view (N, R, d) of a product (N R, d). What changes a view in place
+    gives it another past, in which a hook on it is not called; the product keeps its own.
+    """
+    product = output._base if covered.rule.factors is not None else None
+    if product is None or product.grad_fn is None or product.numel() != output.numel():
+        return output
+    both = product.is_contiguous() and output.is_contiguous()
+    return product if both else output
 
 
 @contextmanager

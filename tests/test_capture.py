@@ -49,6 +49,7 @@ from oracle import Expected, assert_close, expected
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from mats_lightning.batch_sums import Input
 from mats_lightning.capture import Capture
@@ -429,6 +430,53 @@ def test_a_weight_below_another_lora_than_a_linear_one_is_named() -> None:
     assert "base_model.model.layer.base_layer" not in found.kfac
     wanted, _ = captured(lora().double(), vectors(), adapted_weights=True)
     assert found.diagonal_fisher.keys() == wanted.diagonal_fisher.keys()
+
+
+def _zeroed(h: Tensor) -> Tensor:
+    h[:, 0] = 0
+    return h
+
+
+def _scaled(h: Tensor) -> Tensor:
+    h.view(-1, D).mul_(3)
+    return h
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReLU": nn.ReLU(inplace=True),
+    "SiLU": nn.SiLU(inplace=True),
+    "a part is set to 0": _zeroed,
+    "a view is scaled": _scaled,
+    "a chain": lambda h: h.mul_(2).add_(1).tanh_(),
+    "nothing": lambda h: h,
+}
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("kfac",)], ids=str)
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_what_changes_an_output_in_place_does_no_harm(change: str, kinds: tuple[str, ...]) -> None:
+    """A linear layer gives (N, R, d) as a view of (N R, d)."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.bare = nn.Linear(2, D), nn.Linear(D, D, bias=False)
+            self.transposed, self.head = Conv1D(D, D), nn.Linear(D, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            h = batch["x"].unflatten(1, (3, 2))
+            for layer in (self.first, self.bare, self.transposed):
+                h = IN_PLACE[change](layer(h))
+            return classified(self.head(h).mean(1), batch)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), kinds)
+    weights = {name for name, row in coverage.rows.items() if "kfac" in row.statistics}
+    assert weights == {f"{name}.weight" for name in ("first", "bare", "transposed", "head")}
+    if kinds == KINDS:
+        assert_equals(found, wanted, 1e-9, [])
 
 
 # -- what cannot be exact is named -----------------------------------------------------------

@@ -137,14 +137,24 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     "mean": the examples; "sum": 1; "token_mean": the labels that are not -100 in
     batch["labels"] (N, R); "next_token_mean": those in batch["labels"][:, 1:], which a causal
     language model predicts; or a function of the batch (class weights, say).
+
+    Raises ValueError for a mean over labels that the batch does not have, and for "mean" where rows
+    have no label (-100): torch's losses leave these out of their mean.
     """
     if callable(reduction):
         return float(reduction(batch))
-    if reduction == "mean":
-        return float(examples)
     if reduction == "sum":
         return 1.0
     labels = _column(batch, "labels")
+    if reduction == "mean":
+        if missing := _without_label(labels):
+            raise ValueError(
+                f"loss_reduction='mean' divides by all {examples} examples, and {missing} of the"
+                " batch's labels are -100, which torch's losses leave out of their mean: pass"
+                " loss_reduction='token_mean', or a function of the batch if this loss has another"
+                " divisor"
+            )
+        return float(examples)
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"loss_reduction={reduction!r} counts the labels that are not -100 in"
@@ -153,6 +163,12 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     if reduction == "next_token_mean":
         labels = labels[:, 1:]
     return float(torch.count_nonzero(labels != -100))
+
+
+def _without_label(labels: Any) -> int:
+    """How many rows have none, where each has one class."""
+    one_each = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    return int(torch.count_nonzero(labels == -100)) if one_each else 0
 
 
 LOSS_REDUCTIONS = ("mean", "sum", "token_mean", "next_token_mean")

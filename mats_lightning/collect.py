@@ -188,9 +188,11 @@ def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> Los
     with torch.no_grad():
         output = huggingface.output_of(model, batch)
     check_finite(output.loss, 0)
-    found = huggingface.reduction_of(output, batch.get("labels"))
+    found = huggingface.reduction_of(output, labels := batch.get("labels"))
     if given is not None:
-        if isinstance(given, str) and found not in (None, given):
+        # one and the same where each row of this batch has one label
+        same = (found, given) == ("mean", "token_mean") and labels.numel() == len(labels)
+        if isinstance(given, str) and found not in (None, given) and not same:
             raise ValueError(
                 f"loss_reduction={given!r}, and the loss of {type(model).__name__} in the first"
                 f" batch is a {found!r}: leave loss_reduction out, or pass {found!r}"

@@ -332,6 +332,23 @@ def test_a_token_mean_without_labels_is_refused(tmp_path: Path) -> None:
         fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(loss_reduction="token_mean"))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+def test_a_mean_over_the_rows_that_have_a_label(reduction: str, tmp_path: Path) -> None:
+    batches = vectors((4, 4))
+    batches[1]["labels"][1:] = -100
+
+    def reduce(losses: Tensor, batch: Batch) -> Tensor:
+        return losses.sum() / (batch["labels"] != -100).sum()
+
+    module, callback = Reduced(MLP(), reduce), MaTSStatsCallback(loss_reduction=reduction)
+    if reduction == "mean":
+        with pytest.raises(ValueError, match=r"3 of the batch's labels are -100.*'token_mean'"):
+            fit(module, batches, tmp_path, callback, precision="64-true")
+        return
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    assert_equals(callback.statistics, oracle(module.double(), batches), 1e-9, [])
+
+
 # -- which batches count -----------------------------------------------------------------------
 
 

@@ -5,7 +5,10 @@ to the batch's sums (`BatchSums`). The caller says the scale of the loss; it is 
 only there, so that g is the gradient of one example's unreduced loss.
 
 The first axis of a layer's input and output is taken to be the batch's examples; a layer in
-which it has another length is named, and has no statistic of single examples.
+which it has another length is named, and has no statistic of single examples. Its rows are taken
+to be positions of examples then. For a layer that is given several rows which all examples share,
+(Q, d) made of a buffer or of parameters, this is wrong, and cannot be seen: its G depends on the
+size of the batches.
 """
 
 import sys
@@ -169,15 +172,18 @@ class Capture:
                 return None
             if not output.numel():
                 return None  # an expert that no row was sent to
+            a = given[0].detach()
             if not batch.backward:
+                if not batch.calls[self._owner[covered.name]]:
+                    why = self._first_axis.why_shared(covered, a, batch.examples)
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
                 batch.calls[self._owner[covered.name]] += 1
             if not output.requires_grad:
                 return None
             if isinstance(given[0], nn.Parameter):
                 why = f"{covered.name} reads a parameter, which all examples of a batch share"
+            if why:
                 batch.drop(covered.name, why, (DIAGONAL, BLOCK, KFAC))
-            a = given[0].detach()
             use = Use(covered.name, batch.input_of(covered, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
                 examples = ExamplesGradient(batch.examples)

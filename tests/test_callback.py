@@ -253,6 +253,34 @@ def test_an_overflowing_batch_is_left_out_and_counted(accumulate: int, tmp_path:
     assert largest_distance(found, oracle(module, quiet)) < 0.005
 
 
+def test_a_weight_gradient_that_overflows_is_checked_later(tmp_path: Path) -> None:
+    """Those of the outputs are finite, so that the batch counts."""
+
+    class Twofold(nn.Module):
+        """The first layer's weight is used without it, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            h = self.first(batch["x"])
+            h = h + F.linear(torch.tanh(h), self.first.weight)
+            return self.second(h).square().sum(-1)
+
+    torch.manual_seed(0)
+    module, callback = Module(Twofold()), MaTSStatsCallback()
+    batches = [batch | {"x": 4 * batch["x"]} for batch in in_single(vectors((64, 64, 64)))]
+    plugin = half_precision(2.0**13)
+    fit(module, batches, tmp_path, callback, plugins=[plugin])
+    assert plugin.scaler is not None and plugin.scaler.get_scale() == 2.0**12
+    info = load_statistics(next(tmp_path.rglob("*.ckpt"))).info
+    assert info["skipped_batches"] == 0
+    reasons = {row["name"]: row["reason"] for row in info["coverage"]}
+    assert reasons["model.first.weight"] == "the model uses it without calling its layer, too"
+    assert reasons["model.second.weight"] == ""
+
+
 class Reduced(Module):
     def __init__(self, model: nn.Module, reduce: Callable[[Tensor, Batch], Tensor]) -> None:
         super().__init__(model)

@@ -57,9 +57,12 @@ def find_coverage(
 
     The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
 
-    Raises ValueError as `check_kinds` does, and for lazy modules that have not been called.
+    Raises ValueError as `check_kinds` does, for a max_factor_size below 1, and for lazy modules
+    that have not been called.
     """
     wanted = set(check_kinds(kinds, weight_sharing))
+    if max_factor_size < 1:
+        raise ValueError(f"max_factor_size={max_factor_size}; it must be 1 or more")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(

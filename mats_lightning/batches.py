@@ -35,6 +35,19 @@ def batch_size(batch: Any) -> int:
     return sizes.pop()
 
 
+def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> int:
+    """What the function says, or else `batch_size`.
+
+    Raises ValueError as that does, and for a function that gives no positive number.
+    """
+    if batch_size_fn is None:
+        return batch_size(batch)
+    examples = int(batch_size_fn(batch))
+    if examples < 1:
+        raise ValueError(f"batch_size_fn gives {examples} for a batch; it must be 1 or more")
+    return examples
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
@@ -60,11 +73,16 @@ class Masks:
         return Masks({pattern: mask.bool() for pattern, mask in masks.items()})
 
     def of_module(self, module: str, shape: Sequence[int]) -> Tensor | None:
-        """(N, R) of a layer whose rows have this leading shape; None where all of them count."""
-        for pattern, mask in self.masks.items():
-            if tuple(mask.shape) == tuple(shape) and re.search(pattern, module):
+        """(N, R) of a layer whose rows have this leading shape; None where all of them count.
+
+        (N R, 1) of a layer that is given the positions of all examples as rows, one after another.
+        """
+        fitting = [mask for pattern, mask in self.masks.items() if re.search(pattern, module)]
+        for mask in fitting:
+            if tuple(mask.shape) == tuple(shape):
                 return mask
-        return None
+        rows = [mask.reshape(-1, 1) for mask in fitting if tuple(shape) == (mask.numel(), 1)]
+        return rows[0] if rows else None
 
     def alike(self, modules: Iterable[str]) -> list[set[str]]:
         """The modules, those together that have the same mask whatever their rows' shape is."""

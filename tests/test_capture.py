@@ -625,7 +625,7 @@ def test_a_batch_that_overflows_is_left_out_and_counted() -> None:
         capture_batch(capture, model, batch, scale, defer=True)
     assert_close(capture.statistics.tensors, wanted.tensors, 1e-6)
     assert capture.statistics.examples == wanted.examples
-    assert capture.skipped_batches == 1
+    assert capture.statistics.info["skipped_batches"] == 1
 
 
 def test_a_batch_without_a_gradient_is_not_counted() -> None:

@@ -221,6 +221,25 @@ def test_a_loss_that_is_none(loss: Any, message: str) -> None:
     assert hooks(model) == 0 and model.training
 
 
+def test_a_layer_that_is_left_out_at_once_is_named() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(6, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x)[0]
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"].unsqueeze(1)).square().mean()
+
+    with (
+        pytest.warns(UserWarning, match="leaves statistics out"),
+        pytest.raises(ValueError, match="in batch 0: cell is not called with one tensor, or does"),
+    ):
+        collect_statistics(Recurrent().double(), vectors(), loss_fn=loss_fn, progress=False)
+
+
 def test_no_batches_and_no_covered_layer() -> None:
     with pytest.raises(ValueError, match="no example was seen"):
         collect_statistics(MLP(), [], progress=False)

@@ -4,8 +4,8 @@ They do not where a model uses a parameter without calling its layer, as `F.line
 does: nothing but the gradient itself shows it.
 
 Each parameter is compared once, in the first batch in which its gradient is not 0. A use that
-begins in a later batch is not seen. Nor is one in 16 bits whose gradient is small beside the model's
-largest (below 1/8 of its norm in bfloat16, 1/64 in float16): the difference may be rounding there.
+begins in a later batch is not seen. Nor is one in 16 bits whose gradient is small beside the
+model's largest (below 1/8 of its norm in bfloat16, 1/64 in float16): there it may be rounding.
 """
 
 from collections.abc import Iterable, Mapping

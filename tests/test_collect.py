@@ -605,7 +605,7 @@ def test_rows_without_a_label_are_not_in_the_mean(first: str) -> None:
     model = bert(BertForSequenceClassification, num_labels=3).eval()
     batches = texts((4, 5))
     batches[1]["labels"][:3] = -100
-    given = {}
+    given: dict[str, Any] = {}
     if first == "some labelled":
         batches.reverse()  # the first batch shows how the loss is reduced
     else:

@@ -47,6 +47,8 @@ class Accumulation:
     def forget(self, record: Statistics) -> None:
         """Leave this record of sums out."""
         self.sums = {key: sums for key, sums in self.sums.items() if sums is not record}
+        if self.epoch in record.info["epochs"]:
+            self.examples = 0.0
 
     def examples_in(self, epoch: int) -> float:
         return self.examples if epoch == self.epoch else 0.0

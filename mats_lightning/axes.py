@@ -6,6 +6,7 @@ from mats_lightning.statistics.coverage import CoveredModule
 from mats_lightning.statistics.layers import leaf
 
 NO_RANGE = -1
+SAME = 0.1  # relative distance of two inputs, between which the model may have taken a step
 
 
 class FirstAxis:
@@ -13,6 +14,7 @@ class FirstAxis:
 
     def __init__(self) -> None:
         self._ranges: dict[str, int] = {}  # lookup -> the first id, where its first ids count up
+        self._rows: dict[str, Tensor] = {}  # layer -> the only row (1, d) that it was last given
 
     def why_not(self, covered: CoveredModule, a: Tensor, examples: int) -> str:
         """Why it is not the examples; "" where nothing shows that.
@@ -34,6 +36,19 @@ class FirstAxis:
             if seen is None:
                 self._ranges[name] = int(a[0]) if _is_range(a) else NO_RANGE
         return ""
+
+    def why_shared(self, covered: CoveredModule, a: Tensor, examples: int) -> str:
+        """Why all examples of a batch share what it is given first; "" where nothing shows that.
+
+        A single row may be an example's, that alone was sent to an expert. It is not where the next
+        batch with a single row has the same.
+        """
+        if covered.rule.factors is None or a.ndim != 2 or not len(a) == 1 < examples:
+            return ""
+        before, self._rows[covered.name] = self._rows.get(covered.name), a.detach().clone()
+        if before is None or (a - before).norm() > SAME * before.norm():
+            return ""
+        return f"{covered.name} is given one row, the same in two batches: all examples share it"
 
 
 def _is_range(ids: Tensor) -> bool:

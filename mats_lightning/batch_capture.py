@@ -1,15 +1,17 @@
 """BatchCapture: which batches of a fit are captured, and each from its start to its end."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mats_lightning.accumulation import Accumulation
@@ -18,12 +20,13 @@ from mats_lightning.batches import (
     LossReduction,
     MaskFn,
     Masks,
-    batch_size,
+    count_examples,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
 from mats_lightning.cost import Cost
-from mats_lightning.sampled import Sampling, capture_sampled, unchanged_buffers
+from mats_lightning.sampled import Sampling, capture_sampled, logits_and_mask, unchanged_buffers
+from mats_lightning.statistics import Statistics
 from mats_lightning.training import resumes_exactly
 
 
@@ -76,6 +79,7 @@ class BatchCapture:
         self._resumed = resumed
         self._capture: Capture | None = None
         self._captured = False  # a backward pass of this batch
+        self._tried = False  # the options, on a batch
         self._hooks = ExitStack()
 
     def start(
@@ -85,20 +89,19 @@ class BatchCapture:
         self.close()
         self._captured = False
         wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
+        if not (wanted or self._tried):
+            self._try(trainer, pl_module, batch)
+        self._tried = True
         self.cost.start(wanted)
         if not wanted:
             return
         options, capture = self._options, self._capture_of(trainer, pl_module)
         before = capture.statistics.examples
-        examples = options.batch_size_fn(batch) if options.batch_size_fn else batch_size(batch)
+        examples = count_examples(batch, options.batch_size_fn)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         masks = Masks.of(self._masks(batch))
         if (sampling := options.sampling) is not None:
-            with (
-                isolate_rng(),
-                unchanged_buffers(pl_module),
-                trainer.precision_plugin.train_step_context(),
-            ):
+            with _beside_training(trainer, pl_module):
                 counted = capture_sampled(
                     capture,
                     pl_module,
@@ -111,17 +114,35 @@ class BatchCapture:
                 )
             self._count(capture, before, counted, trainer.current_epoch)
             return
-        scale = loss_divisor(options.loss_reduction, batch, examples)
+        scale = self._scale(batch, examples)
         scale *= trainer.accumulate_grad_batches  # Lightning divides each loss of a window by it
         if scaler is not None:
             scale /= scaler.get_scale()
-        if (given := options.loss_scale) is not None:
-            scale /= checked_scale(given(batch)) if callable(given) else given
         self._hooks.enter_context(capture.batch(examples, scale, masks, defer=scaler is not None))
 
-    def start_backward(self, pl_module: pl.LightningModule) -> None:
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """What is wrong with the options is to be said in the first batch of a fit, not the last.
+
+        Raises what a batch that is captured would, and leaves the training as it is.
+        """
+        examples = count_examples(batch, self._options.batch_size_fn)
+        masks = Masks.of(self._masks(batch))
+        if (sampling := self._options.sampling) is None:
+            self._scale(batch, examples)
+            return
+        with _beside_training(trainer, pl_module), torch.enable_grad():
+            logits_and_mask(sampling.logits_fn(pl_module, batch), examples, masks)
+
+    def _scale(self, batch: Any, examples: int) -> float:
+        """The gradient of an example's own loss is so many times that of the step's loss."""
+        divisor, given = loss_divisor(self._options.loss_reduction, batch, examples), 1.0
+        if (scale := self._options.loss_scale) is not None:
+            given = checked_scale(scale(batch)) if callable(scale) else scale
+        return divisor / given
+
+    def start_backward(self, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self._capture is not None:
-            self._capture.start_backward()
+            self._capture.start_backward(loss)
         if self._captured and not pl_module.automatic_optimization:
             self._note("only the first manual_backward of a batch is captured, not those after it")
 
@@ -140,11 +161,17 @@ class BatchCapture:
         self.close()
         self.cost.end()
 
+    @property
+    def partial(self) -> Statistics | None:
+        """Sums that a part of a batch is in, whose backward pass has not ended."""
+        capture = self._capture
+        return capture.statistics if capture is not None and capture.interrupted else None
+
     def close(self) -> None:
         """Whatever ended the batch: hooks go, and sums that a part of it is in."""
         self._hooks.close()
-        if self._capture is not None and self._capture.interrupted:
-            self._fit.forget(self._capture.statistics)
+        if (part := self.partial) is not None:
+            self._fit.forget(part)
             self._capture = None
             self._note(
                 "a backward pass was interrupted in the middle of a batch: the sums that a part of"
@@ -168,7 +195,7 @@ class BatchCapture:
                 " stateful, or has no length: some rows may count twice, others not at all"
             )
         self._resumed = []
-        statistics = self._fit.record(epoch)
+        begins, statistics = epoch != self._fit.epoch, self._fit.record(epoch)
         if self._capture is None or self._capture.statistics is not statistics:
             self._capture = Capture(self._fit.coverage, statistics)
             if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
@@ -176,6 +203,8 @@ class BatchCapture:
                     "batch normalisation in training mode couples the examples of a batch:"
                     " statistics of the layers before it are not exact"
                 )
+        elif begins:
+            self._capture.begin_epoch()
         return self._capture
 
     def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
@@ -192,6 +221,17 @@ class BatchCapture:
             examples //= sampling.draws  # rows
         self._fit.examples += examples
         self.cost.examples += examples
+
+
+@contextmanager
+def _beside_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """A forward pass as the training step's, of which the training knows nothing."""
+    with (
+        isolate_rng(),
+        unchanged_buffers(pl_module),
+        trainer.precision_plugin.train_step_context(),
+    ):
+        yield
 
 
 def checked_scale(loss_scale: float) -> float:

@@ -104,12 +104,18 @@ class BatchSums:
         """The gradient that came back to a use."""
         self.gradients += 1
         use.g = g.detach()
-        group = self.owner[use.module]
-        self.arrived[group].append(use)
         if self.defer:
             self.finite = self.finite and bool(torch.isfinite(g).all())
-        elif len(self.arrived[group]) == self.calls[group]:
+            if not self.finite:
+                return  # nothing of the batch will count
+        group = self.owner[use.module]
+        self.arrived[group].append(use)
+        if not self.defer and len(self.arrived[group]) == self.calls[group]:
             self.add_group(group)
+
+    def void(self) -> None:
+        """Before its gradients come: they are not to be added, and the batch counts as skipped."""
+        self.defer, self.finite = True, False
 
     def drop(self, module: str, reason: str, kinds: Sequence[str] = KINDS) -> None:
         """These statistics of a module's parameters."""

@@ -35,6 +35,19 @@ def batch_size(batch: Any) -> int:
     return sizes.pop()
 
 
+def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> int:
+    """What the function says, or else `batch_size`.
+
+    Raises ValueError as that does, and for a function that gives no positive number.
+    """
+    if batch_size_fn is None:
+        return batch_size(batch)
+    examples = int(batch_size_fn(batch))
+    if examples < 1:
+        raise ValueError(f"batch_size_fn gives {examples} for a batch; it must be 1 or more")
+    return examples
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
@@ -60,11 +73,16 @@ class Masks:
         return Masks({pattern: mask.bool() for pattern, mask in masks.items()})
 
     def of_module(self, module: str, shape: Sequence[int]) -> Tensor | None:
-        """(N, R) of a layer whose rows have this leading shape; None where all of them count."""
-        for pattern, mask in self.masks.items():
-            if tuple(mask.shape) == tuple(shape) and re.search(pattern, module):
+        """(N, R) of a layer whose rows have this leading shape; None where all of them count.
+
+        (N R, 1) of a layer that is given the positions of all examples as rows, one after another.
+        """
+        fitting = [mask for pattern, mask in self.masks.items() if re.search(pattern, module)]
+        for mask in fitting:
+            if tuple(mask.shape) == tuple(shape):
                 return mask
-        return None
+        rows = [mask.reshape(-1, 1) for mask in fitting if tuple(shape) == (mask.numel(), 1)]
+        return rows[0] if rows else None
 
     def alike(self, modules: Iterable[str]) -> list[set[str]]:
         """The modules, those together that have the same mask whatever their rows' shape is."""
@@ -137,14 +155,24 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     "mean": the examples; "sum": 1; "token_mean": the labels that are not -100 in
     batch["labels"] (N, R); "next_token_mean": those in batch["labels"][:, 1:], which a causal
     language model predicts; or a function of the batch (class weights, say).
+
+    Raises ValueError for a mean over labels that the batch does not have, and for "mean" where rows
+    have no label (-100): torch's losses leave these out of their mean.
     """
     if callable(reduction):
         return float(reduction(batch))
-    if reduction == "mean":
-        return float(examples)
     if reduction == "sum":
         return 1.0
     labels = _column(batch, "labels")
+    if reduction == "mean":
+        if missing := _without_label(labels):
+            raise ValueError(
+                f"loss_reduction='mean' divides by all {examples} examples, and {missing} of the"
+                " batch's labels are -100, which torch's losses leave out of their mean: pass"
+                " loss_reduction='token_mean', or a function of the batch if this loss has another"
+                " divisor"
+            )
+        return float(examples)
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"loss_reduction={reduction!r} counts the labels that are not -100 in"
@@ -153,6 +181,12 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     if reduction == "next_token_mean":
         labels = labels[:, 1:]
     return float(torch.count_nonzero(labels != -100))
+
+
+def _without_label(labels: Any) -> int:
+    """How many rows have none, where each has one class."""
+    one_each = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    return int(torch.count_nonzero(labels == -100)) if one_each else 0
 
 
 LOSS_REDUCTIONS = ("mean", "sum", "token_mean", "next_token_mean")

@@ -58,8 +58,9 @@ class MaTSStatsCallback(Callback):
     chosen by a monitored value, every epoch is captured and the last ones are kept.
 
     Layers that are unfrozen within the fit (by Lightning's BackboneFinetuning, say) are captured
-    from there on, and what was captured before is left out. After the fit a sidecar is written for
-    the weights that it ended with alone.
+    from there on, and what was captured before is left out. So where parts of a model are frozen
+    and unfrozen in turn, the sums are of the batches since the latest change alone. After the fit
+    a sidecar is written for the weights that it ended with alone.
 
     The loss is a sum or mean of its examples' own losses, and the first axis of what a layer is
     given is the examples'. Where the callback sees that a layer's statistics would be wrong, it
@@ -148,6 +149,10 @@ class MaTSStatsCallback(Callback):
     ) -> None:
         if last_n_epochs < 1:
             raise MisconfigurationException(f"last_n_epochs={last_n_epochs}; it must be 1 or more")
+        if max_factor_size < 1:
+            raise MisconfigurationException(
+                f"max_factor_size={max_factor_size}; it must be 1 or more"
+            )
         if sidecar not in ("all", "last"):
             raise MisconfigurationException(f"sidecar={sidecar!r}; choose from 'all', 'last'")
         if factor_dtype not in FACTOR_DTYPES:
@@ -280,13 +285,25 @@ class MaTSStatsCallback(Callback):
             if self._training != [p.requires_grad for p in pl_module.parameters()]:
                 self._begin(trainer, pl_module)
             self._batches.start(trainer, pl_module, batch, batch_idx)
+            self._drop_restored()
+
+    def _drop_restored(self) -> None:
+        """Where a batch counts before the parameters train that a checkpoint's sums are of."""
+        if self._fit is None or self._restored is None or not self._fit.sums:
+            return
+        differing = sorted(self._restored["rows"].keys() ^ self._fit.coverage.rows.keys())
+        self._restored = None
+        self._note(
+            "the statistics of the checkpoint that the fit resumes from are left out: they are of"
+            f" other parameters, '{differing[0]}' trains in one of the two fits alone"
+        )
 
     @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         if self._batches is not None:
-            self._batches.start_backward(pl_module)
+            self._batches.start_backward(pl_module, loss)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -390,14 +407,22 @@ class MaTSStatsCallback(Callback):
             )
             return None
         everything: Accumulation | None
+        fit = self._fit
+        if self._batches is not None and (part := self._batches.partial) is not None:
+            self._note(
+                f"the checkpoint of step {trainer.global_step} was saved in the middle of a"
+                " backward pass: it is without the sums that a part of this batch had been added to"
+            )
+            fit = replace(fit, sums=dict(fit.sums))
+            fit.forget(part)
         if incomplete := self._group is not None and self._interrupted:
             self._note(
                 "a checkpoint was saved because of an exception, with several devices: it has no"
                 " sidecar, and a fit that resumes from it goes on without the sums before it"
             )
-            everything = replace(self._fit, sums={}, examples=0.0)
+            everything = replace(fit, sums={}, examples=0.0)
         else:
-            everything = self._fit.of_all_ranks(self._group)
+            everything = fit.of_all_ranks(self._group)
         if everything is None:
             return None
         self._note(*everything.notes)

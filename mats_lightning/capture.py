@@ -5,7 +5,12 @@ to the batch's sums (`BatchSums`). The caller says the scale of the loss; it is 
 only there, so that g is the gradient of one example's unreduced loss.
 
 The first axis of a layer's input and output is taken to be the batch's examples; a layer in
-which it has another length is named, and has no statistic of single examples.
+which it has another length is named, and has no statistic of single examples. Its rows are taken
+to be positions of examples then. For a layer that is given several rows which all examples share,
+(Q, d) made of a buffer or of parameters, this is wrong, and cannot be seen: its G depends on the
+size of the batches. Nor can it be seen where a layer is called several times and is given the
+examples in another order each time (x and x.flip(0)): an example's gradient is taken to be the sum
+of the calls' rows at its place, so the diagonal and block Fisher are wrong.
 """
 
 import sys
@@ -23,7 +28,7 @@ from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
 from mats_lightning.statistics.coverage import Coverage, CoveredModule
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, KFAC, Statistics
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, KFAC, Statistics, finite
 from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
 
@@ -46,7 +51,7 @@ class Capture:
     def __init__(self, coverage: Coverage, statistics: Statistics) -> None:
         self.coverage = coverage
         self.statistics = statistics
-        self.interrupted = False  # a backward pass has not ended: a part of its batch is added
+        self._broken_off = False  # a backward pass: a part of its batch is added
         self._batch: BatchSums | None = None
         self._sums = Sums(coverage, statistics)
         self._owner = sharing_groups(coverage.modules)
@@ -87,23 +92,30 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-            self.interrupted |= self._batch.interrupted
+            self._broken_off |= self._batch.interrupted
             self._batch = None
 
-    def start_backward(self) -> None:
-        """The backward pass of the batch's loss begins.
+    def start_backward(self, loss: Tensor | None = None) -> None:
+        """The backward pass of the batch's loss begins; of one that is not finite nothing counts.
 
         Gradients that came before it (an adversarial step, say) are not the loss's, and calls
         that come after it are a checkpointed segment's, run again.
         """
         if self._batch is not None:
             self._batch.backward = True
+            if loss is not None and not finite(loss.detach()):
+                self._batch.void()
             if self._batch.check is not None:
                 self._batch.check.restart()
 
     @property
     def active(self) -> bool:
         return self._batch is not None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a part of a batch is in the sums, whose backward pass has not ended."""
+        return self._broken_off or (self._batch is not None and self._batch.interrupted)
 
     @property
     def needed(self) -> list[Tensor]:
@@ -117,10 +129,9 @@ class Capture:
         both = [*self.coverage.sources(), *self._unchecked.values()]
         return list({id(p): p for p in both}.values())
 
-    @property
-    def skipped_batches(self) -> int:
-        """Batches thrown away because a gradient was not finite."""
-        return int(self.statistics.info.get("skipped_batches", 0))
+    def begin_epoch(self) -> None:
+        """The same rows may come again."""
+        self._first_axis = FirstAxis()
 
     def finish(self) -> bool:
         """The backward pass of the batch has ended: add what is left, count its examples.
@@ -169,15 +180,18 @@ class Capture:
                 return None
             if not output.numel():
                 return None  # an expert that no row was sent to
+            a = given[0].detach()
             if not batch.backward:
+                if not batch.calls[self._owner[covered.name]]:
+                    why = self._first_axis.why_shared(covered, a, batch.examples)
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
                 batch.calls[self._owner[covered.name]] += 1
             if not output.requires_grad:
                 return None
             if isinstance(given[0], nn.Parameter):
                 why = f"{covered.name} reads a parameter, which all examples of a batch share"
+            if why:
                 batch.drop(covered.name, why, (DIAGONAL, BLOCK, KFAC))
-            a = given[0].detach()
             use = Use(covered.name, batch.input_of(covered, a))
             if isinstance(module, nn.Embedding) and a.shape[0] == 1 < batch.examples:
                 examples = ExamplesGradient(batch.examples)
@@ -187,7 +201,8 @@ class Capture:
                 return LookedUpOnce.of(output, examples)
             # A segment that is run again by non-reentrant checkpointing has outputs to which no
             # gradient comes; its first run has.
-            output.register_hook(lambda g: self._gradient_hook(batch, use, g))
+            product, shape = _made_by(covered, output), output.shape
+            product.register_hook(lambda g: self._gradient_hook(batch, use, g.reshape(shape)))
             return None
 
         return hook
@@ -201,6 +216,19 @@ class Capture:
             batch.drop(use.module, why)
         elif batch.backward:  # or else it is of another loss, before the batch's own
             batch.add(use, g)
+
+
+def _made_by(covered: CoveredModule, output: Tensor) -> Tensor:
+    """The tensor to which the gradient of a layer's output comes, whatever is done to that.
+
+    A linear layer gives a view (N, R, d) of a product (N R, d). What changes a view in place
+    gives it another past, in which a hook on it is not called; the product keeps its own.
+    """
+    product = output._base if covered.rule.factors is not None else None
+    if product is None or product.grad_fn is None or product.numel() != output.numel():
+        return output
+    both = product.is_contiguous() and output.is_contiguous()
+    return product if both else output
 
 
 @contextmanager

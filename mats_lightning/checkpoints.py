@@ -157,6 +157,11 @@ def _model_files(folder: Path) -> list[Path]:
     shard_of = _weight_map(index)
     shards = sorted(set(shard_of.values()))
     for shard in shards:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(
+                f"{index} names the shard {shard}, which is not in its folder: expected the name of"
+                " a file beside it. Do not use this index unless you know who wrote it"
+            )
         file = folder / shard
         if not file.is_file():
             raise FileNotFoundError(

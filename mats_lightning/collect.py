@@ -16,9 +16,9 @@ from mats_lightning.batches import (
     LossReduction,
     MaskFn,
     Masks,
-    batch_size,
     check_loss_modules,
     check_loss_reduction,
+    count_examples,
     default_masks,
     loss_divisor,
 )
@@ -125,7 +125,7 @@ def collect_statistics(
     with evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
             batch = to_device(model, batch, device)
-            examples = batch_size_fn(batch) if batch_size_fn else batch_size(batch)
+            examples = count_examples(batch, batch_size_fn)
             if of_loss and index == 0 and loss_fn is None and not lightning:
                 reduction = _reduction(model, batch, loss_reduction)
             scale = loss_divisor(reduction, batch, examples) if of_loss else 1.0
@@ -157,10 +157,13 @@ def collect_statistics(
             for told in capture.told():
                 rank_zero_warn(f"collect_statistics leaves statistics out. {told}")
             if not counted:
+                reasons = "; ".join(dict.fromkeys(coverage.uncovered.values()))
                 raise ValueError(
                     f"no gradient came to a covered layer of {type(model).__name__} in batch"
-                    f" {index}: is its output made of another module?"
+                    f" {index}: {reasons or 'is its output made of another module?'}"
                 )
+            if sums.info.get("skipped_batches"):
+                raise ValueError(f"the logits of batch {index} are not finite: leave it out")
             rows += examples
             if max_examples is not None and rows >= max_examples:
                 break
@@ -188,9 +191,11 @@ def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> Los
     with torch.no_grad():
         output = huggingface.output_of(model, batch)
     check_finite(output.loss, 0)
-    found = huggingface.reduction_of(output, batch.get("labels"))
+    found = huggingface.reduction_of(output, labels := batch.get("labels"))
     if given is not None:
-        if isinstance(given, str) and found not in (None, given):
+        # one and the same where each row of this batch has one label
+        same = (found, given) == ("mean", "token_mean") and labels.numel() == len(labels)
+        if isinstance(given, str) and found not in (None, given) and not same:
             raise ValueError(
                 f"loss_reduction={given!r}, and the loss of {type(model).__name__} in the first"
                 f" batch is a {found!r}: leave loss_reduction out, or pass {found!r}"

@@ -11,7 +11,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     A kill leaves the old file or the new one, as do two runs at a time.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # a file system takes 255 bytes
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

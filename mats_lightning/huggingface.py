@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LABELS = ("labels", "label")  # columns of a batch
+IGNORED = -100  # a label that does not count
 
 
 def output_of(model: nn.Module, batch: Any) -> Any:
@@ -63,23 +64,25 @@ def reduction_of(output: Any, labels: Any) -> str | None:
     """How a loss is reduced: "mean", "token_mean" or "next_token_mean".
 
     Found by computing it: the loss of each kind from the logits, and which of them is the model's.
-    None when none is, or more than one.
+    None when none is, or more than one. One label a row, some of them -100, is "token_mean" too.
     """
     loss, logits = output.loss, getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         return None
-    wide = logits.float()
+    wide, classes = logits.float(), logits.shape[-1]
     losses: dict[str, list[Tensor]] = {}
-    if labels.is_floating_point():  # several labels, or regression
-        if labels.numel() == logits.numel():
-            labels = labels.view_as(wide).float()
-            kinds = (F.mse_loss, F.binary_cross_entropy_with_logits)
-            losses["mean"] = [kind(wide, labels) for kind in kinds]
-    elif wide.ndim == 2 and labels.numel() == len(wide):
-        losses["mean"] = [F.cross_entropy(wide, labels.view(-1))]
-    elif wide.ndim == 3 and labels.shape == wide.shape[:2]:
-        losses["token_mean"] = [F.cross_entropy(wide.mT, labels)]
-        losses["next_token_mean"] = [F.cross_entropy(wide[:, :-1].mT, labels[:, 1:])]
+    if labels.numel() == wide.numel():  # several labels, or regression, of whole numbers too
+        numbers = labels.reshape(wide.shape).float()
+        kinds = (F.mse_loss, F.binary_cross_entropy_with_logits)
+        losses["mean"] = [kind(wide, numbers) for kind in kinds]
+    elif _are_classes(labels, classes):
+        labels = labels.long()
+        if wide.ndim == 2 and labels.numel() == len(wide):
+            name = "token_mean" if (labels == IGNORED).any() else "mean"
+            losses[name] = [F.cross_entropy(wide, labels.view(-1))]
+        elif wide.ndim == 3 and labels.shape == wide.shape[:2]:
+            losses["token_mean"] = [F.cross_entropy(wide.mT, labels)]
+            losses["next_token_mean"] = [F.cross_entropy(wide[:, :-1].mT, labels[:, 1:])]
     tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (loss.dtype, torch.float32))
     found = [
         name
@@ -87,6 +90,12 @@ def reduction_of(output: Any, labels: Any) -> str | None:
         if any(torch.isclose(loss.float(), value, rtol=tolerance) for value in values)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _are_classes(labels: Tensor, classes: int) -> bool:
+    """Cross entropy raises for others, and a GPU is lost to the process then."""
+    known = (labels >= 0) & (labels < classes) | (labels == IGNORED)
+    return not labels.is_floating_point() and bool(known.all())
 
 
 def _columns(batch: Any) -> Mapping[str, Any]:

@@ -50,9 +50,11 @@ class Replay:
             if not (first or part in (self._fixed or ())):
                 return forward(*args, **options)
             given = _described(args, options)
+            behind = _has_gradient((args, options))  # a trained parameter, in no_grad too
             output = forward(*args, **options)
             # what changes its inputs in place does more than it gives out
-            if first and (_may_change(output) or given != _described(args, options)):
+            changed = given != _described(args, options)
+            if first and (behind or _may_change(output) or changed):
                 changing.add(part)
             else:
                 tape.setdefault(part, []).append((given, _copied(output)))
@@ -83,7 +85,7 @@ class Replay:
                 raise ValueError(
                     f"{type(part).__name__} was given other inputs than in the pass before: the"
                     " batches must come in the same order each time, so let their loader not"
-                    " shuffle"
+                    " shuffle; nor may it read what a trained parameter gave, detached"
                 )
             return _copied(known[at][1])
 
@@ -122,6 +124,10 @@ def _calling(part: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
         del part.forward
         if before is not None:
             part.forward = before
+
+
+def _has_gradient(given: Any) -> bool:
+    return any(leaf.requires_grad for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
 
 
 def _may_change(output: Any) -> bool:

@@ -153,7 +153,7 @@ def capture_sampled(
         ):
             logits, keep = logits_and_mask(logits_fn(model, batch), examples, masks)
             loss = sampled_loss(logits, draw_labels(logits, keep, generator)) / scale
-            capture.start_backward()
+            capture.start_backward(loss)
             go_back(loss, capture.needed)
             counted &= capture.finish()
     return counted

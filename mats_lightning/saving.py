@@ -1,5 +1,6 @@
 """A sidecar follows every checkpoint that a trainer saves or removes."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mats_lightning.sidecar import save_statistics, sidecar_path
 from mats_lightning.statistics import Statistics
+
+LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
 def follow_checkpoints(
@@ -41,7 +44,10 @@ def follow_checkpoints(
         nonlocal previous
         statistics = statistics_of(checkpoint)
         save(checkpoint, filepath, storage_options=storage_options)
-        if not trainer.is_global_zero or not _has_place(filepath):
+        if not trainer.is_global_zero:
+            return
+        if why := _no_place(filepath):
+            rank_zero_warn(f"MaTSStatsCallback: no sidecar is written beside {filepath}: {why}")
             return
         path = sidecar_path(filepath)
         if not _write(statistics, path, factor_dtype):
@@ -53,7 +59,7 @@ def follow_checkpoints(
 
     def remove_checkpoint(filepath: str | Path) -> None:
         remove(filepath)
-        if trainer.is_global_zero and _is_local(filepath):
+        if trainer.is_global_zero and not _no_place(filepath):
             sidecar_path(filepath).unlink(missing_ok=True)
 
     save_checkpoint.unwrapped = save  # type: ignore[attr-defined]
@@ -74,14 +80,12 @@ def _write(statistics: Statistics | None, path: Path, factor_dtype: torch.dtype 
     return True
 
 
-def _has_place(filepath: str | Path) -> bool:
-    if not _is_local(filepath):
-        rank_zero_warn(
-            f"MaTSStatsCallback: no sidecar is written beside {filepath}: it is not a local"
-            " path; save the checkpoint into a local folder and copy both files"
+def _no_place(filepath: str | Path) -> str:
+    """Why there can be no sidecar; "" where there can."""
+    if "://" in str(filepath):
+        return "it is not a local path; save the checkpoint into a local folder and copy both files"
+    if len(os.fsencode(sidecar_path(filepath).name)) > LONGEST_NAME:
+        return (
+            f"its name would have more than {LONGEST_NAME} bytes; give the checkpoint a shorter one"
         )
-    return _is_local(filepath)
-
-
-def _is_local(filepath: str | Path) -> bool:
-    return "://" not in str(filepath)
+    return ""

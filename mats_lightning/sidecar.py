@@ -152,6 +152,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
             f"no statistics at {path}: train with MaTSStatsCallback in the Trainer's callbacks,"
             " or take them now with collect_statistics(...) and save_statistics(...)"
         )
+    version_of_file = _version(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -172,6 +173,11 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
             f"{path} has format version {written}, this mats_lightning reads up to"
             f" {FORMAT_VERSION}: upgrade mats_lightning"
         )
+    if not _as_documented(described):
+        raise ValueError(
+            f"{path} is damaged: its metadata has no 'examples', 'positions', 'inputs' and 'info'"
+            " as they are documented; copy it again or take the statistics anew"
+        )
     if not described["examples"]:
         notes = "".join(f" ({note})" for note in described["info"].get("notes", []))
         raise ValueError(
@@ -180,12 +186,26 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
             " collect_statistics(...)"
         )
     return Statistics(
-        SidecarTensors(path, keys),
+        SidecarTensors(path, keys, version_of_file),
         described["examples"],
         described["positions"],
         described["inputs"],
         described["info"],
     )
+
+
+def _as_documented(described: Any) -> bool:
+    if not isinstance(described, dict):
+        return False
+    examples = described.get("examples")
+    kinds = [type(described.get(name)) for name in ("positions", "inputs", "info")]
+    return isinstance(examples, int) and examples >= 0 and kinds == [dict, dict, dict]
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Of a file: another one of that name has another."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _inside(folder: Path) -> Path | None:
@@ -201,9 +221,9 @@ def _inside(folder: Path) -> Path | None:
 class SidecarTensors(Lazy[Tensor]):
     """The raw sums of a sidecar, each read, unpacked and checked when it is asked for."""
 
-    def __init__(self, path: Path, keys: list[str]) -> None:
+    def __init__(self, path: Path, keys: list[str], version_of_file: tuple[int, int, int]) -> None:
         super().__init__(keys)
-        self.path = path
+        self.path, self._version = path, version_of_file
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self:
@@ -213,6 +233,11 @@ class SidecarTensors(Lazy[Tensor]):
                 tensor: Tensor = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{self.path}: '{key}' cannot be read ({error})") from error
+        if _version(self.path) != self._version:  # its counts are those of the file before
+            raise ValueError(
+                f"{self.path} has been replaced since it was loaded (by a training that goes on?):"
+                " load it again, or a copy of it and its checkpoint"
+            )
         if not finite(tensor):
             raise ValueError(f"{self.path}: '{key}' has NaN or inf; take the statistics anew")
         return _unpack(tensor) if key.split("/")[0] in PACKED else tensor
@@ -222,8 +247,9 @@ def check_belongs(statistics: Statistics, weights: Mapping[str, Tensor], what: s
     """Statistics and weights are of one model: names, shapes and digests agree.
 
     `what` names the model in the error. Raises ValueError for another architecture (a parameter
-    is missing or has another shape), for other weights, and for statistics that hold no digest of
-    any of their parameters.
+    is missing or has another shape), for other weights, and for statistics whose digest names none
+    of their parameters. Those that have no digest in their info at all (made by hand, or faded)
+    belong to no weights, and pass.
     """
     if statistics.info.get("digest") == {}:
         raise ValueError(

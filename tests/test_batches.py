@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Flattened, Transformer, texts, vectors
+from models import MLP, Flattened, Transformer, classified, texts, vectors
 from oracle import assert_close, expected
 from peft import LoraConfig, get_peft_model
 from test_capture import captured
@@ -44,6 +44,29 @@ def test_the_first_mask_that_fits_name_and_shape_is_taken() -> None:
     mask = Masks.of(short).of_module("anything", (2, 3))
     assert mask is not None and mask.dtype == torch.bool
     assert Masks.of(masks) is masks
+
+
+def test_a_mask_is_that_of_all_positions_as_rows_too() -> None:
+    """As layers see them that a model gives x.flatten(0, 1)."""
+
+    class Tokens(Flattened):
+        def forward(self, batch: Any) -> Tensor:
+            x = torch.tanh(self.first(batch["x"].unflatten(1, (3, 2))))
+            x = torch.tanh(self.middle(x.flatten(0, 1))).view_as(x)
+            keep = batch["attention_mask"].unsqueeze(-1).to(x)
+            logits = self.last((x * keep).sum(1) / keep.sum(1))
+            return classified(logits, batch)
+
+    model, batches = Tokens().double(), vectors((4, 5))
+    for batch in batches:
+        lengths = torch.arange(len(batch["x"])) % 3 + 1
+        batch["attention_mask"] = torch.arange(3) < lengths[:, None]
+    found, _ = captured(model, batches)
+    wanted = expected(model, batches)
+    assert found.positions == wanted.positions
+    assert found.positions["middle"] == sum(int(b["attention_mask"].sum()) for b in batches)
+    assert_close(found.gram, wanted.gram, 1e-9)
+    assert_close({m: g for m, (_, g) in found.kfac.items()}, wanted.output, 1e-9)
 
 
 def test_the_default_depends_on_the_model() -> None:

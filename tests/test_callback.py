@@ -253,6 +253,34 @@ def test_an_overflowing_batch_is_left_out_and_counted(accumulate: int, tmp_path:
     assert largest_distance(found, oracle(module, quiet)) < 0.005
 
 
+def test_a_weight_gradient_that_overflows_is_checked_later(tmp_path: Path) -> None:
+    """Those of the outputs are finite, so that the batch counts."""
+
+    class Twofold(nn.Module):
+        """The first layer's weight is used without it, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            h = self.first(batch["x"])
+            h = h + F.linear(torch.tanh(h), self.first.weight)
+            return self.second(h).square().sum(-1)
+
+    torch.manual_seed(0)
+    module, callback = Module(Twofold()), MaTSStatsCallback()
+    batches = [batch | {"x": 4 * batch["x"]} for batch in in_single(vectors((64, 64, 64)))]
+    plugin = half_precision(2.0**13)
+    fit(module, batches, tmp_path, callback, plugins=[plugin])
+    assert plugin.scaler is not None and plugin.scaler.get_scale() == 2.0**12
+    info = load_statistics(next(tmp_path.rglob("*.ckpt"))).info
+    assert info["skipped_batches"] == 0
+    reasons = {row["name"]: row["reason"] for row in info["coverage"]}
+    assert reasons["model.first.weight"] == "the model uses it without calling its layer, too"
+    assert reasons["model.second.weight"] == ""
+
+
 class Reduced(Module):
     def __init__(self, model: nn.Module, reduce: Callable[[Tensor, Batch], Tensor]) -> None:
         super().__init__(model)
@@ -326,10 +354,95 @@ def test_the_batch_size_is_a_function_of_the_batch(tmp_path: Path) -> None:
     assert_equals(callback.statistics, oracle(module.double(), vectors(UNEVEN)), 1e-9, [])
 
 
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "batch size": ({}, r"its tensors have the sizes \[3, 4\]"),
+    "no examples": ({"batch_size_fn": lambda batch: 0}, "batch_size_fn gives 0 for a batch"),
+    "labels": (
+        {"batch_size_fn": lambda batch: 4, "loss_reduction": "token_mean"},
+        "'token_mean' counts the labels",
+    ),
+    "loss scale": (
+        {"batch_size_fn": lambda batch: 4, "loss_scale": lambda batch: 0.0},
+        "it must be a positive number",
+    ),
+    "logits": (
+        {
+            "batch_size_fn": lambda batch: 4,
+            "fisher": "sampled",
+            "logits_fn": lambda module, batch: module.model(batch["x"]).detach(),
+        },
+        "the logits of logits_fn have no gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_before_the_window(what: str, tmp_path: Path) -> None:
+    options, message = WRONG[what]
+    steps = []
+
+    class Plain(Module):
+        def loss(self, batch: Batch) -> Tensor:
+            steps.append(self.current_epoch)
+            return self.model(batch["x"]).square().mean()
+
+    batches = [{"x": torch.randn(4, 6), "weights": torch.ones(3)}]
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        fit(Plain(nn.Linear(6, 3)), batches, tmp_path, MaTSStatsCallback(**options), max_epochs=3)
+    assert steps == []
+
+
+def test_the_number_of_examples_may_be_a_tensor(tmp_path: Path) -> None:
+    module, batches = Module(MLP()), vectors(UNEVEN)
+    size: Any = lambda b: torch.count_nonzero(b["labels"] >= 0)  # noqa: E731
+    callback = MaTSStatsCallback(batch_size_fn=size)
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert type(found.examples) is int
+    assert_equals(found, oracle(module, batches), 1e-9, [])
+    size = lambda b: np.float64(len(b["x"]))  # noqa: E731
+    taken = collect_statistics(module, batches, batch_size_fn=size, progress=False)
+    assert type(taken.examples) is int and taken.examples == sum(UNEVEN)
+
+
+def test_codes_of_rows_that_come_in_order_in_each_epoch_are_data(tmp_path: Path) -> None:
+    class Codes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes, self.head = nn.Embedding(8, 6), nn.Linear(6, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            logits = self.head(self.codes(batch["row"]))
+            return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+    parts = enumerate(vectors((4, 4)))
+    batches = [{"row": torch.arange(4) + 4 * k, "labels": b["labels"]} for k, b in parts]
+    module, callback = Module(Codes()), MaTSStatsCallback(last_n_epochs=2)
+    fit(module, batches, tmp_path, callback, precision="64-true", max_epochs=2)
+    assert_equals(callback.statistics, oracle(module, batches * 2), 1e-9, [])
+
+
 def test_a_token_mean_without_labels_is_refused(tmp_path: Path) -> None:
     batches = [{"x": b["x"], "classes": b["labels"]} for b in vectors()]
     with pytest.raises(ValueError, match="'token_mean' counts the labels"):
         fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(loss_reduction="token_mean"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+def test_a_mean_over_the_rows_that_have_a_label(reduction: str, tmp_path: Path) -> None:
+    batches = vectors((4, 4))
+    batches[1]["labels"][1:] = -100
+
+    def reduce(losses: Tensor, batch: Batch) -> Tensor:
+        return losses.sum() / (batch["labels"] != -100).sum()
+
+    module, callback = Reduced(MLP(), reduce), MaTSStatsCallback(loss_reduction=reduction)
+    if reduction == "mean":
+        with pytest.raises(ValueError, match=r"3 of the batch's labels are -100.*'token_mean'"):
+            fit(module, batches, tmp_path, callback, precision="64-true")
+        return
+    fit(module, batches, tmp_path, callback, precision="64-true")
+    assert_equals(callback.statistics, oracle(module.double(), batches), 1e-9, [])
 
 
 # -- which batches count -----------------------------------------------------------------------
@@ -349,6 +462,37 @@ def test_only_training_batches_count(tmp_path: Path) -> None:
         **options,
     )
     assert_equals(callback.statistics, oracle(module, batches), 1e-9, [])
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_batch_whose_loss_is_not_finite_is_left_out_and_counted(
+    fisher: Any, tmp_path: Path
+) -> None:
+    """The module leaves its step out, as is usual; its statistics stay those of the others."""
+
+    class Careful(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if any(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters()):
+                self.zero_grad()
+
+    def logits_fn(module: Any, batch: Batch) -> Tensor:
+        logits: Tensor = module.model.logits(batch)
+        return logits
+
+    batches = vectors((4, 4, 2))
+    broken = [*batches, {**vectors((4,))[0], "x": torch.full((4, 6), torch.nan).double()}]
+    torch.manual_seed(0)
+    module = Careful(MLP())
+    callback = MaTSStatsCallback(
+        fisher=fisher, logits_fn=logits_fn if fisher == "sampled" else None
+    )
+    fit(module, broken, tmp_path, callback, precision="64-true")
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert found.info["skipped_batches"] == 1 and found.examples == 10
+    wanted = oracle(module, batches)
+    assert_close(found.gram, wanted.gram, 1e-9)
+    if fisher == "empirical":
+        assert_equals(found, wanted, 1e-9, [])
 
 
 def test_a_step_without_a_loss_does_not_count(tmp_path: Path) -> None:
@@ -598,6 +742,18 @@ def test_a_sidecar_says_how_it_came_about(tmp_path: Path) -> None:
     assert set(digest) == {row["name"] for row in coverage if row["statistics"]}
 
 
+def test_names_may_be_as_long_as_a_file_system_takes(tmp_path: Path) -> None:
+    trainer = fit(Module(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback())
+    fits, too_long = (tmp_path / f"{'x' * n}.ckpt" for n in (233, 234))
+    trainer.save_checkpoint(fits)
+    assert load_statistics(fits).examples == 10
+    with pytest.warns(UserWarning, match="no sidecar is written .* more than 255 bytes"):
+        trainer.save_checkpoint(too_long)
+    assert too_long.exists()
+    trainer.strategy.remove_checkpoint(too_long)
+    assert not too_long.exists()
+
+
 def test_a_checkpoint_that_is_not_local_has_no_sidecar(tmp_path: Path) -> None:
     """And the fit goes on."""
     remote = ModelCheckpoint("memory://checkpoints", save_top_k=1, monitor="val_loss")
@@ -616,8 +772,11 @@ def test_a_checkpoint_that_is_not_local_has_no_sidecar(tmp_path: Path) -> None:
 
 def test_sums_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     class Broken(Module):
+        """The loss is finite, its gradient is not."""
+
         def loss(self, batch: Batch) -> Tensor:
-            return super().loss(batch) * float("nan")
+            loss = super().loss(batch)
+            return loss + (0 * loss).sqrt()
 
     with pytest.warns(UserWarning, match="no sidecar is written: .* has NaN or inf"):
         fit(Broken(MLP()), in_single(vectors()), tmp_path, MaTSStatsCallback())
@@ -745,6 +904,36 @@ def test_sums_with_a_part_of_a_batch_are_left_out(tmp_path: Path) -> None:
     ):
         load_statistics(tmp_path / "broken.ckpt")
     assert not callback.statistics.examples
+    state = torch.load(tmp_path / "broken.ckpt")["callbacks"][callback.state_key]
+    assert state["examples"] == 0  # or a resumed fit with max_examples would take too few
+
+
+class SavingWithin(L.Callback):
+    """As a handler of signals does it: between the gradients of two layers."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number = path, number
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.number:
+            weight: Any = pl_module.get_parameter("model.first.weight")
+            self.handle = weight.register_hook(lambda g: trainer.save_checkpoint(self.path))
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self, "handle"):
+            self.handle.remove()
+
+
+def test_a_checkpoint_within_a_backward_pass_has_no_part_of_a_batch(tmp_path: Path) -> None:
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    saving = SavingWithin(tmp_path / "within.ckpt", 1)
+    with pytest.warns(UserWarning, match="the checkpoint of step 1 was saved in the middle of a"):
+        fit(module, vectors(), tmp_path, callback, saving, precision="64-true")
+    with pytest.raises(ValueError, match=r"holds no examples: .* the middle of a backward pass"):
+        load_statistics(tmp_path / "within.ckpt")
+    assert_equals(callback.statistics, oracle(module, vectors()), 1e-9, [])  # the fit goes on
 
 
 @pytest.mark.parametrize(
@@ -966,6 +1155,28 @@ def test_resuming_for_longer_forgets_what_is_before_the_new_window(tmp_path: Pat
     assert found.info["epochs"] == [3, 4] and found.examples == 2 * sum(UNEVEN)
 
 
+def test_resuming_with_other_layers_says_that_it_starts_anew(tmp_path: Path) -> None:
+    batches = vectors(UNEVEN)
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1}
+    fit(Module(MLP()), batches, tmp_path, MaTSStatsCallback(last_n_epochs=2), **options)
+    path, module = next(tmp_path.rglob("*.ckpt")), Module(MLP())
+    module.model.get_submodule("first").requires_grad_(False)
+    callback = MaTSStatsCallback(last_n_epochs=2)
+    with pytest.warns(UserWarning, match=r"are left out: .* 'model\.first\.bias' trains in one"):
+        fit(
+            module,
+            batches,
+            tmp_path / "resumed",
+            callback,
+            ckpt_path=path,
+            max_epochs=2,
+            precision="64-true",
+        )
+    found = load_statistics(next((tmp_path / "resumed").rglob("*.ckpt")))
+    assert found.info["epochs"] == [1] and len(found.info["notes"]) == 1
+    assert_equals(found, oracle(module, batches), 1e-9, ["model.first"])
+
+
 def test_the_order_of_statistics_is_no_other_choice(tmp_path: Path) -> None:
     first = MaTSStatsCallback(statistics=["gram", "kfac"])
     fit(Module(MLP()), in_single(vectors()), tmp_path, first)
@@ -1068,6 +1279,7 @@ def test_the_statistics_of_bert_are_exact(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"last_n_epochs": 0}, "last_n_epochs=0; it must be 1 or more"),
+        ({"max_factor_size": 0}, "max_factor_size=0; it must be 1 or more"),
         ({"statistics": ["gram", "hessian"]}, "no statistic is called 'hessian'; choose from"),
         ({"statistics": []}, "no statistic is chosen"),
         ({"statistics": "hessian"}, "no statistic is called 'hessian'"),

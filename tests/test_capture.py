@@ -36,6 +36,8 @@ from models import (
     Twice,
     Volumes,
     Windows,
+    adapted,
+    classified,
     ia3,
     images,
     lora,
@@ -44,8 +46,10 @@ from models import (
     ways,
 )
 from oracle import Expected, assert_close, expected
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from mats_lightning.batch_sums import Input
 from mats_lightning.capture import Capture
@@ -252,6 +256,26 @@ def test_a_subset_of_the_statistics(kinds: tuple[str, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_rms_norm_without_an_eps_of_its_own_has_float32s(dtype: torch.dtype) -> None:
+    """Inputs are so small that the eps of 16 bits would be most of their mean square."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.RMSNorm(D), nn.Linear(D, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return classified(self.head(self.norm(batch["x"])), batch)
+
+    torch.manual_seed(0)
+    model = Small().to(dtype)
+    batches = [to(batch | {"x": batch["x"] * 0.02}, dtype) for batch in vectors()]
+    found, _ = captured(model, batches)
+    wanted = expected(model.float(), [to(batch, torch.float32) for batch in batches])
+    assert_close(found.diagonal_fisher, wanted.diagonal_fisher, 0.03)
+
+
 def test_sums_are_not_taken_in_16_bits() -> None:
     """Not even where the backward pass runs under autocast as well."""
     model, batch = MLP(), to(vectors((64,))[0], torch.float32)
@@ -361,6 +385,32 @@ def test_curvature_of_the_weights_below_a_lora() -> None:
     assert "base_model.model.head.weight" not in coverage.rows
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_train_beside_a_lora_leave_the_weights_their_curvature(bias: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["layer", "up"], bias=bias)
+    model: Any = adapted(config, -0.5, 0.5).double()
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), adapted_weights=True)
+    assert_close(found.diagonal_fisher, wanted.diagonal_fisher, 1e-9)
+    assert_close(found.block_fisher, wanted.block_fisher, 1e-9)
+    plain = Adapted().double()
+    plain.load_state_dict(model.merge_and_unload().state_dict())
+    whole, _ = captured(plain, vectors())
+    for name in ("layer", "up"):
+        base = f"base_model.model.{name}.base_layer"
+        torch.testing.assert_close(found.kfac[base], whole.kfac[name])
+        assert coverage.rows[f"{base}.weight"].statistics == ["gram", "kfac"]
+        assert coverage.rows[f"{base}.bias"].statistics == ["diagonal_fisher", "block_fisher"]
+
+
+def test_a_weight_below_a_lora_that_trains_is_like_any_other() -> None:
+    model: Any = lora().double().requires_grad_(True)
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), adapted_weights=True)
+    assert coverage.uncovered == {}
+    assert_equals(found, wanted, 1e-9, [])
+
+
 class Quantized(type(lora().base_model.model.layer)):  # type: ignore[misc]
     """As peft has them of bitsandbytes' layers."""
 
@@ -380,6 +430,53 @@ def test_a_weight_below_another_lora_than_a_linear_one_is_named() -> None:
     assert "base_model.model.layer.base_layer" not in found.kfac
     wanted, _ = captured(lora().double(), vectors(), adapted_weights=True)
     assert found.diagonal_fisher.keys() == wanted.diagonal_fisher.keys()
+
+
+def _zeroed(h: Tensor) -> Tensor:
+    h[:, 0] = 0
+    return h
+
+
+def _scaled(h: Tensor) -> Tensor:
+    h.view(-1, D).mul_(3)
+    return h
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReLU": nn.ReLU(inplace=True),
+    "SiLU": nn.SiLU(inplace=True),
+    "a part is set to 0": _zeroed,
+    "a view is scaled": _scaled,
+    "a chain": lambda h: h.mul_(2).add_(1).tanh_(),
+    "nothing": lambda h: h,
+}
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("kfac",)], ids=str)
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_what_changes_an_output_in_place_does_no_harm(change: str, kinds: tuple[str, ...]) -> None:
+    """A linear layer gives (N, R, d) as a view of (N R, d)."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.bare = nn.Linear(2, D), nn.Linear(D, D, bias=False)
+            self.transposed, self.head = Conv1D(D, D), nn.Linear(D, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            h = batch["x"].unflatten(1, (3, 2))
+            for layer in (self.first, self.bare, self.transposed):
+                h = IN_PLACE[change](layer(h))
+            return classified(self.head(h).mean(1), batch)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    wanted = expected(model, vectors())
+    found, coverage = captured(model, vectors(), kinds)
+    weights = {name for name, row in coverage.rows.items() if "kfac" in row.statistics}
+    assert weights == {f"{name}.weight" for name in ("first", "bare", "transposed", "head")}
+    if kinds == KINDS:
+        assert_equals(found, wanted, 1e-9, [])
 
 
 # -- what cannot be exact is named -----------------------------------------------------------
@@ -528,7 +625,7 @@ def test_a_batch_that_overflows_is_left_out_and_counted() -> None:
         capture_batch(capture, model, batch, scale, defer=True)
     assert_close(capture.statistics.tensors, wanted.tensors, 1e-6)
     assert capture.statistics.examples == wanted.examples
-    assert capture.skipped_batches == 1
+    assert capture.statistics.info["skipped_batches"] == 1
 
 
 def test_a_batch_without_a_gradient_is_not_counted() -> None:

@@ -269,6 +269,17 @@ def test_missing_shard(tmp_path: Path) -> None:
         load_weights(tmp_path)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_shard_outside_of_the_folder_is_refused(absolute: bool, tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere.safetensors", tmp_path / "model"
+    save_file({"a": torch.ones(1)}, elsewhere)
+    folder.mkdir()
+    shard = str(elsewhere) if absolute else "../elsewhere.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match=r"elsewhere\.safetensors, which is not in its folder"):
+        load_weights(folder)
+
+
 def test_index_and_shards_of_different_saves(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}

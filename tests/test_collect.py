@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import MLP, Batch, Transformer, texts, vectors
-from oracle import Expected, assert_close, expected, rows_of
+from oracle import Expected, assert_close, distance, expected, rows_of
 from test_capture import assert_equals, hooks, to
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -45,6 +45,7 @@ from mats_lightning import (
     sidecar_path,
 )
 from mats_lightning.batches import loss_divisor
+from mats_lightning.huggingface import reduction_of
 
 # -- any torch module --------------------------------------------------------------------------
 
@@ -218,6 +219,25 @@ def test_a_loss_that_is_none(loss: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collect_statistics(model, vectors(), loss_fn=loss, progress=False)
     assert hooks(model) == 0 and model.training
+
+
+def test_a_layer_that_is_left_out_at_once_is_named() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(6, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x)[0]
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"].unsqueeze(1)).square().mean()
+
+    with (
+        pytest.warns(UserWarning, match="leaves statistics out"),
+        pytest.raises(ValueError, match="in batch 0: cell is not called with one tensor, or does"),
+    ):
+        collect_statistics(Recurrent().double(), vectors(), loss_fn=loss_fn, progress=False)
 
 
 def test_no_batches_and_no_covered_layer() -> None:
@@ -577,6 +597,52 @@ def test_a_reduction_that_is_given_is_taken() -> None:
     g = found.tensors["G/lm_head"]
     torch.testing.assert_close(halved.tensors["G/lm_head"], g / 4)
     torch.testing.assert_close(same.tensors["G/lm_head"], g)
+
+
+@pytest.mark.parametrize("first", ["all labelled", "some labelled"])
+def test_rows_without_a_label_are_not_in_the_mean(first: str) -> None:
+    """Their own loss is 0, so they count as examples without curvature."""
+    model = bert(BertForSequenceClassification, num_labels=3).eval()
+    batches = texts((4, 5))
+    batches[1]["labels"][:3] = -100
+    given: dict[str, Any] = {}
+    if first == "some labelled":
+        batches.reverse()  # the first batch shows how the loss is reduced
+    else:
+        with pytest.raises(ValueError, match=r"3 of the batch's labels are -100.*'token_mean'"):
+            collect_statistics(model, batches, progress=False)
+        given["loss_reduction"] = "token_mean"
+    found = collect_statistics(model, batches, progress=False, **given)
+    wanted = expected(lambda batch: classification(model, batch), batches, root=model)
+    assert found.info["loss_reduction"] == "token_mean"
+    assert found.examples == wanted.examples == 9
+    name = "classifier.weight"
+    assert distance(found.diagonal_fisher[name], wanted.diagonal_fisher[name]) < 1e-9
+    assert distance(found.kfac["classifier"][1], wanted.output["classifier"]) < 1e-9
+    with pytest.raises(ValueError, match=r"3 of the batch's labels are -100|is a 'token_mean'"):
+        collect_statistics(model, batches, loss_reduction="mean", progress=False)
+
+
+def test_whole_numbers_may_be_the_labels_of_a_regression() -> None:
+    model = (
+        bert(BertForSequenceClassification, num_labels=1, problem_type="regression").eval().float()
+    )
+    batches = [batch | {"labels": 3 * batch["labels"]} for batch in texts((4, 5))]
+    found = collect_statistics(model, batches, progress=False)
+    wanted = expected(lambda batch: regression(model, batch), batches, root=model)
+    assert found.info["loss_reduction"] == "mean"
+    name = "classifier.weight"
+    assert distance(found.diagonal_fisher[name], wanted.diagonal_fisher[name]) < 1e-5
+    assert found.kfac["classifier"][1].shape == (1, 1)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_that_are_no_classes_do_not_end_the_search(label: int) -> None:
+    """The model's own loss may take them."""
+    output = SimpleNamespace(loss=torch.tensor(1.0), logits=torch.zeros(4, 3))
+    assert reduction_of(output, torch.tensor([0, 1, 2, label])) is None
+    output.logits = torch.zeros(4, 5, 3)
+    assert reduction_of(output, torch.full((4, 5), label)) is None
 
 
 def test_a_reduction_that_cannot_be_told_is_asked_for() -> None:

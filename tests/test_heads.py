@@ -291,6 +291,33 @@ def test_only_what_stays_the_same_is_replayed() -> None:
     assert not any("forward" in layer.__dict__ for layer in counted)
 
 
+def test_a_part_that_reads_what_is_trained_without_gradient_is_not_replayed() -> None:
+    class Target(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.target = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.head(self.body(x))
+            with torch.no_grad():
+                target = self.target(h)
+            return h - target
+
+    torch.manual_seed(0)
+    model, x = Target(), torch.randn(4, 3)
+    for part in (model.body, model.target):
+        part.requires_grad_(False)
+    replay = Replay([model], list(model.head.parameters()))
+    with replay.recording() as tape:
+        model(x)
+    assert set(tape) == {model.body}
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+    wanted = model(x)
+    with replay.playing(tape):
+        assert torch.equal(model(x), wanted)
+
+
 def test_outputs_of_transformers_are_looked_into() -> None:
     class Body(nn.Module):
         def __init__(self) -> None:

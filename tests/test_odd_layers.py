@@ -79,23 +79,25 @@ def test_ids_that_count_up_are_data_where_they_go_on() -> None:
 
 
 class Shared(nn.Module):
-    """A layer reads what is the same for all examples: a parameter, or (1, R, d)."""
+    """A layer reads what is the same for all examples: a parameter, (1, R, d), or one row."""
 
-    def __init__(self, leading: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.query, self.key = nn.Parameter(torch.randn(4, D)), nn.Linear(D, D)
-        self.head, self.leading = nn.Linear(4, 3), leading
+        rows = 1 if kind == "row" else 4
+        self.query, self.key = nn.Parameter(torch.randn(rows, D)), nn.Linear(D, D)
+        self.head, self.kind = nn.Linear(rows, 3), kind
 
     def forward(self, batch: Batch) -> Tensor:
-        query = torch.tanh(self.query)[None] if self.leading else self.query
-        keys = self.key(query).view(4, D)
+        query = self.query if self.kind == "parameter" else torch.tanh(self.query)
+        keys = self.key(query[None] if self.kind == "leading" else query).view(-1, D)
         return classified(self.head(batch["x"] @ keys.T), batch)
 
 
-@pytest.mark.parametrize("leading", [False, True])
-def test_a_layer_that_runs_once_for_the_batch_has_no_curvature(leading: bool) -> None:
+@pytest.mark.parametrize("kind", ["parameter", "leading", "row"])
+def test_a_layer_that_runs_once_for_the_batch_has_no_curvature(kind: str) -> None:
     """Its gradient is the sum over the batch, so G would depend on how rows are batched."""
-    model = Shared(leading).double()
+    torch.manual_seed(0)
+    model = Shared(kind).double()
     found, coverage = captured(model, vectors((4, 4, 2)))
     assert coverage.rows["key.weight"].statistics == ["gram"]
     assert coverage.rows["key.bias"].statistics == []
@@ -116,6 +118,16 @@ class Experts(nn.Module):
         for rows, expert in zip((chosen, ~chosen), self.experts, strict=True):
             y = y.index_put((rows.nonzero()[:, 0],), expert(x[rows]))
         return classified(self.head(torch.tanh(y)), batch)
+
+
+def test_an_expert_may_get_a_single_row() -> None:
+    model, batches = Experts().double(), vectors((4, 4, 4))
+    for batch in batches:
+        batch["x"][:, 0] = torch.tensor([1.0, 2.0, 3.0, -1.0])
+    found, coverage = captured(model, batches)
+    wanted = expected(model, batches)
+    assert coverage.rows["experts.1.weight"].statistics == ["gram", "kfac"]
+    assert_close({m: g for m, (_, g) in found.kfac.items()}, wanted.output, 1e-9)
 
 
 def test_an_expert_may_get_no_row() -> None:

@@ -276,6 +276,17 @@ def test_a_sidecar_that_is_truncated_after_it_was_opened(saved: Path) -> None:
         found.diagonal_fisher["words.weight"]
 
 
+def test_a_sidecar_that_is_replaced_after_it_was_opened(saved: Path) -> None:
+    """Sums of the new one would be divided by the counts of the old one."""
+    found, more = load_statistics(saved), statistics()
+    assert found.diagonal_fisher["norm.weight"].shape == (6,)
+    more.examples *= 2
+    save_statistics(more, saved)
+    with pytest.raises(ValueError, match=f"{saved} has been replaced since it was loaded"):
+        found.diagonal_fisher["norm.weight"]
+    assert load_statistics(saved).examples == 2 * found.examples
+
+
 @pytest.mark.parametrize("content", [b"PK\x03\x04" * 50, b"\xff" * 100, b'{"a": 1}' * 9])
 def test_a_file_that_is_no_safetensors(content: bytes, saved: Path) -> None:
     saved.write_bytes(content)
@@ -296,7 +307,18 @@ def test_a_newer_format(saved: Path) -> None:
         load_statistics(saved)
 
 
-@pytest.mark.parametrize("metadata", [{"format_version": "new"}, {"statistics": "{"}])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"format_version": "new"},
+        {"statistics": "{"},
+        {"statistics": "[1]"},
+        {"statistics": '{"positions": {}, "inputs": {}, "info": {}}'},
+        {"statistics": '{"examples": 0, "positions": {}, "inputs": {}}'},
+        {"statistics": '{"examples": "3", "positions": {}, "inputs": {}, "info": {}}'},
+        {"statistics": '{"examples": -3, "positions": {}, "inputs": {}, "info": {}}'},
+    ],
+)
 def test_metadata_that_is_not_as_documented(metadata: dict[str, str], saved: Path) -> None:
     doctored(saved, **metadata)
     with pytest.raises(ValueError, match=f"{saved} is damaged"):

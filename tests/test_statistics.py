@@ -389,6 +389,12 @@ def test_large_factors_are_left_out_and_named() -> None:
     assert rows["long.bias"].statistics == ["diagonal_fisher", "block_fisher"]
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_of_factors_below_1_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"max_factor_size={size}; it must be 1 or more"):
+        find_coverage(nn.Linear(4, 2), KINDS, size)
+
+
 def test_a_choice_that_fits_no_parameter_is_named() -> None:
     rows = find_coverage(MLP(), ["block_fisher"], 8192).rows
     reason = "no statistic that was chosen fits a Linear (5, 6)"

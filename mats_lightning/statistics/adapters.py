@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from mats_lightning.statistics.gradients import ExampleGradients, VectorGradients
 from mats_lightning.statistics.layers import LINEAR, TRANSPOSED, Rule, positions_last, rule_for
 
-BASE = "base_layer.weight"
+BASE, BASE_BIAS = "base_layer.weight", "base_layer.bias"
 
 
 def adapter_rule(module: nn.Module, base: bool) -> Rule | str | None:
     """The rule of peft's `ia3.Linear`, and with `base` of the frozen weight below a LoRA.
 
     Told by their names: peft need not be imported. A reason where there is none, None for modules
-    that are no adapter layers.
+    that are no adapter layers. A base layer whose weight trains has its own rule.
     """
     kind = type(module)
     of_lora = kind.__module__.startswith("peft.tuners.lora.")
@@ -31,18 +31,25 @@ def adapter_rule(module: nn.Module, base: bool) -> Rule | str | None:
     if kind.__module__ == "peft.tuners.ia3.layer":
         return _ia3_rule(module)
     if kind.__module__ == "peft.tuners.lora.layer" and base:
+        if module.get_parameter(BASE).requires_grad:
+            return None
         below: Any = rule_for(module.get_submodule("base_layer"))
         if below not in (LINEAR, TRANSPOSED) or below.factors is None:
             return "the base layer of this LoRA is not linear"
         of_base = below.factors.sizes
         factors = replace(below.factors, sizes=lambda lora: of_base(lora.base_layer))
-        return Rule(_nothing, (BASE,), factors, blocks=(), trained=False)
+        bias = getattr(module.get_submodule("base_layer"), "bias", None)
+        trained = (BASE_BIAS,) if bias is not None and bias.requires_grad else ()
+        return Rule(_lora_base, (BASE, *trained), factors, blocks=trained, trained=False)
     return None
 
 
-def _nothing(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
-    """A frozen weight has no gradient; its A and G are those of the whole layer."""
-    return {}
+def _lora_base(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
+    """A frozen weight has no gradient; its A and G are those of the whole layer.
+
+    A bias that trains beside it is added to what the whole layer gives.
+    """
+    return {BASE_BIAS: VectorGradients(positions_last(g, g.shape[-1]).sum(1))}
 
 
 def _ia3_rule(module: Any) -> Rule | str:

@@ -12,7 +12,6 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -55,7 +54,7 @@ class Rule:
     parameters: tuple[str, ...] = ("weight", "bias")
     factors: Factors | None = None
     blocks: tuple[str, ...] = ("bias",)  # vectors, whose (d, d) Fisher is worth having
-    trained: bool = True  # there are gradients: not of a frozen weight below an adapter
+    trained: bool = True  # the first parameter is: not a frozen weight below an adapter
     lookup: bool = False  # an embedding, whose A is the diagonal of how often each row is read
     check: Callable[[nn.Module], str | None] = field(default=lambda module: None)  # why not
 
@@ -162,8 +161,8 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGrad
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
     """s = w o x-hat."""
     assert isinstance(module, nn.RMSNorm)
-    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
-    x_hat = F.rms_norm(a, module.normalized_shape, eps=eps)
+    # without an eps that of float32, for inputs in 16 bits too: torch widens them as we do
+    x_hat = F.rms_norm(a, module.normalized_shape, eps=module.eps)
     d = int(module.weight.numel())
     return {"weight": VectorGradients(positions_last(g * x_hat, d).sum(1))}
 

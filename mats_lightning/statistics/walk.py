@@ -57,9 +57,12 @@ def find_coverage(
 
     The gradient is autograd's own, so every trainable parameter has it, covered by a rule or not.
 
-    Raises ValueError as `check_kinds` does, and for lazy modules that have not been called.
+    Raises ValueError as `check_kinds` does, for a max_factor_size below 1, and for lazy modules
+    that have not been called.
     """
     wanted = set(check_kinds(kinds, weight_sharing))
+    if max_factor_size < 1:
+        raise ValueError(f"max_factor_size={max_factor_size}; it must be 1 or more")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
@@ -176,12 +179,14 @@ class _Walk:
             if row.statistics:  # or else its other use is not covered, so neither is their sum
                 row.drop((GRAM, KFAC), f"tied: shared by {row.module} and {name}")
             return None
-        self._assign(row, local, module, rule)
+        self._assign(row, local, parameter, module, rule)
         return None
 
-    def _assign(self, row: ParameterCoverage, local: str, module: nn.Module, rule: Rule) -> None:
+    def _assign(
+        self, row: ParameterCoverage, local: str, parameter: Tensor, module: nn.Module, rule: Rule
+    ) -> None:
         """The statistics that a parameter can have, among those wanted, within the size limit."""
-        can, size = {DIAGONAL} if rule.trained else set(), {}
+        can, size = {DIAGONAL} if parameter.requires_grad else set(), {}
         if rule.factors is not None and local == rule.parameters[0]:
             sizes = MatrixSizes(*rule.factors.sizes(module))
             row.matrix = sizes = sizes.within(self._limit)

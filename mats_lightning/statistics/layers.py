@@ -8,10 +8,11 @@ of that matrix.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -158,11 +159,19 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGrad
     }
 
 
+@cache
+def _usual_eps(dtype: torch.dtype) -> float:
+    """Of F.rms_norm: that of the dtype, or in 16 bits that of float32, as newer torch has it."""
+    own = torch.finfo(dtype).eps
+    small = torch.full((1,), own / 2, dtype=dtype)  # its square vanishes beside its dtype's eps
+    return own if F.rms_norm(small, (1,)) < 0.5 else min(own, torch.finfo(torch.float32).eps)
+
+
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, ExampleGradients]:
     """s = w o x-hat."""
     assert isinstance(module, nn.RMSNorm)
-    # without an eps that of float32, for inputs in 16 bits too: torch widens them as we do
-    x_hat = F.rms_norm(a, module.normalized_shape, eps=module.eps)
+    eps = _usual_eps(module.weight.dtype) if module.eps is None else module.eps
+    x_hat = F.rms_norm(a, module.normalized_shape, eps=eps)
     d = int(module.weight.numel())
     return {"weight": VectorGradients(positions_last(g * x_hat, d).sum(1))}
 

@@ -10,7 +10,7 @@ Training is measured on a few batches, drawn at random, and scaled to all steps.
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,14 @@ from paper_records import Record
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
 from process import return_memory
+from refreshed import run_plan, with_kept
 from steps import Steps
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from train_tasks import statistics_callback, task_module
 from typing_extensions import override
 
+from mats_lightning import RefreshPlan
 from mats_lightning.methods import REFERENCES
 from mats_lightning.task_rounds import quiet_trainer
 
@@ -55,10 +57,11 @@ class Taken:
 
 
 class CostTable:
-    """Training, one evaluation, and each method as it was chosen on validation rows."""
+    """Training, one evaluation, each method as it was chosen on validation rows, and refreshes."""
 
     def __init__(self, setting: Setting, cost: Cost, seed: Seed) -> None:
         self.cost, self.seed = cost, seed
+        self.refresh = setting.refresh
         self.methods = {
             label: method
             for label, method in setting.methods.items()
@@ -109,9 +112,17 @@ class CostTable:
                 yield Taken(f"merge: {label}", 0, "not chosen yet", None, evaluation)
                 continue
             merge, count, _ = chosen
-            measure = partial(merging, replace(merge, counts=(count,)))
+            merge = replace(merge, counts=(count,))
             key = merge.key(count, "none") | {"cost": "merge"}
-            yield Taken(f"merge: {label}", count, "", key, measure)
+            yield Taken(f"merge: {label}", count, "", key, partial(merging, merge))
+            if self.refresh is None or label not in self.refresh.merges:
+                continue
+            for words, plan in self.refresh.plans.items():
+                plan = with_kept(plan, merge.options)
+                if plan.rounds:
+                    key = merge.key(count, "none") | {"cost": "refresh", "plan": asdict(plan)}
+                    measure = partial(refreshing, merge, plan)
+                    yield Taken(f"refresh: {label}", count, words, key, measure)
 
 
 def counted(action: Callable[..., Any], *arguments: Any) -> Measured:
@@ -126,6 +137,13 @@ def counted(action: Callable[..., Any], *arguments: Any) -> Measured:
 def merging(merge: Merge, bench: Bench) -> Measured:
     module = bench.module(merge)
     return counted(module.merge, bench.trainer.strategy.root_device, False)
+
+
+def refreshing(merge: Merge, plan: RefreshPlan, bench: Bench) -> Measured:
+    """All of it, validation too."""
+    module = bench.module(merge)
+    module.merge(bench.trainer.strategy.root_device, progress=False)
+    return counted(run_plan, bench, module, plan, None, False)
 
 
 def evaluation(bench: Bench) -> Measured:

@@ -411,7 +411,12 @@ def test_statistics_of_more_rows_than_there_are(tmp_path: Path, bert: Path) -> N
 def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Path) -> None:
     """All texts have eight tokens and all batches sixteen rows, so that scaling is exact."""
     methods = {"average": METHODS["average"], "RegMean": {"method": "regmean"}}
-    path = setting(tmp_path, bert, methods=methods, cost={"batches": 2})
+    plans = {
+        "heads": {"rounds": 0, "heads": [1], "labels": "data"},
+        "rounds": {"heads": [], "rows": 32, "epochs": 1, "labels": "data", "judge": "score"},
+    }
+    refresh = {"merges": ["RegMean"], "plans": plans}
+    path = setting(tmp_path, bert, methods=methods, refresh=refresh, cost={"batches": 2})
     found = {r.label: r.cell for r in run(path) if r.table == "cost"}
     seed = seed_of(path)
     with FlopCounterMode(display=False) as counter:
@@ -426,6 +431,17 @@ def test_the_cost_of_training_is_that_of_all_its_steps(tmp_path: Path, bert: Pat
     assert found["multitask training"].flops == pytest.approx(flops, rel=1e-3)
     assert 1.1 * flops < found["fine-tuning with statistics"].flops < 2 * flops
     assert found["merge: average"].flops == 0 < found["merge: RegMean"].flops
+    # 32 of 96 rows for one epoch, not three, and no heads; before and after all validation rows
+    sizes = {
+        split: sum(len(batch["labels"]) for data in seed.suite.data.values() for batch in of(data))
+        for split, of in (
+            ("validation", lambda d: d.val_dataloader()),
+            ("test", lambda d: d.test_dataloader()),
+        )
+    }
+    validated = found["one evaluation"].flops * sizes["validation"] / sizes["test"]
+    assert found["refresh: RegMean"].flops == pytest.approx(flops / 9 + 2 * validated, rel=0.1)
+    assert "refresh: average" not in found
     assert all(cell.seconds > 0 for cell in found.values())
     assert (
         "| fine-tuning | scaled from 2 batches a task |" in Path("out/results/tiny.md").read_text()

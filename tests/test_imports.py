@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "capture",
         "cost",
         "sampled",
+        "statistics",
         "training",
     },
     "callback": {
@@ -50,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "passes": {"huggingface", "names"},
-    "distillation": {"batches", "passes", "sampled"},
+    "distillation": {"batches", "passes", "sampled", "statistics"},
     "collect": {
         "batches",
         "capture",

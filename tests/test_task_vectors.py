@@ -119,8 +119,10 @@ def test_a_task_that_changed_nothing_changes_nothing(method: Any) -> None:
 @pytest.mark.parametrize("name", ["square.weight", "wide.bias"])
 def test_numbers_that_are_none_are_named(method: Any, value: float, name: str) -> None:
     broken = THETAS[1] | {name: torch.full(SHAPES[name], value).double()}
-    with pytest.raises(ValueError, match=rf"'{name}' has NaN or inf"):
+    with pytest.raises(ValueError, match=rf"'{name}' differs .* it has NaN or inf in model 1;"):
         method([THETAS[0], broken], START, 1.0)
+    with pytest.raises(ValueError, match=rf"'{name}' has NaN or inf in the pretrained model"):
+        method(THETAS[:1], broken, 1.0)
 
 
 # -- Iso-C -------------------------------------------------------------------------------------

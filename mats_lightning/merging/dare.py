@@ -13,12 +13,12 @@ from mats_lightning.merging.models import (
     check_models,
     check_weights,
     counted,
-    is_finite,
     merge_dtype,
     of_batch_norm,
 )
 from mats_lightning.merging.task_arithmetic import task_arithmetic
 from mats_lightning.merging.ties import ties
+from mats_lightning.statistics.record import finite
 
 
 def dare(
@@ -91,7 +91,7 @@ class Sparse(Lazy[Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._theta[name].detach()
-        moves = tensor.is_floating_point() and is_finite(tensor)
+        moves = tensor.is_floating_point() and finite(tensor)
         if not moves or of_batch_norm(name, self._theta):
             return tensor
         start = self._pretrained[name].detach()

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mats_lightning.statistics.record import finite
+
 T = TypeVar("T")
 Weights = Mapping[str, Tensor]  # a state dict, possibly read lazily
 
@@ -156,23 +158,19 @@ def parameters(
         if name in running:
             continue
         tensors = [theta[name].detach() for theta in thetas]
-        if all(tensor.is_floating_point() and is_finite(tensor) for tensor in tensors):
+        if all(tensor.is_floating_point() and finite(tensor) for tensor in tensors):
             dtype = merge_dtype(tensors)
             yield name, [tensor.to(dtype) for tensor in tensors], stored_dtype(tensors)
             continue
         for i, tensor in enumerate(tensors):
             if not torch.equal(tensor, tensors[0]) or tensor.dtype != tensors[0].dtype:
-                odd = [str(k) for k, t in enumerate(tensors) if not is_finite(t)]
+                odd = [str(k) for k, t in enumerate(tensors) if not finite(t)]
                 why = f"it has NaN or inf in model {', '.join(odd)}" if odd else "it is no float"
                 raise ValueError(
                     f"'{name}' differs between model 0 ({tensors[0].dtype}) and model {i}"
                     f" ({tensor.dtype}) and cannot be merged, since {why}; leave it out"
                 )
         merged[name] = tensors[0].clone()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def of_batch_norm(name: str, names: Container[str]) -> bool:

@@ -8,10 +8,10 @@ from torch import Tensor
 from mats_lightning.merging.models import (
     Weights,
     check_models,
-    is_finite,
     merge_dtype,
     of_batch_norm,
 )
+from mats_lightning.statistics.record import finite
 
 
 def rescale(merged: Weights, pretrained: Weights, scale: float) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def rescaled(merged: Weights, pretrained: Weights, scale: float) -> Iterator[tup
         raise ValueError(f"scale={scale}: a finite number is needed")
     for name in check_models([merged], pretrained):
         theta, start = merged[name], pretrained[name]
-        moves = theta.is_floating_point() and is_finite(theta)
+        moves = theta.is_floating_point() and finite(theta)
         if not moves or of_batch_norm(name, merged):
             yield name, theta
             continue

@@ -42,9 +42,9 @@ def merge_matrices(
     merged: dict[str, Tensor] = {}
     for name, tensors, dtype in parameters(names, thetas, w, merged):
         start = pretrained[name].detach().to(tensors[0])
+        if not finite(start):
+            raise ValueError(f"'{name}' has NaN or inf in the pretrained model")
         taus = [tensor - start for tensor in tensors]
-        if not all(finite(tau) for tau in taus):
-            raise ValueError(f"'{name}' has NaN or inf, in a model or the pretrained one")
         if start.ndim == 2 and name not in apart:
             tau = combine([tau.mul_(wi) for wi, tau in zip(w, taus, strict=True)])
         else:

@@ -10,11 +10,11 @@ from mats_lightning.merging.models import (
     check_models,
     check_weights,
     counted,
-    is_finite,
     merge_dtype,
     of_batch_norm,
     parameters,
 )
+from mats_lightning.statistics.record import finite
 
 
 def ties(
@@ -67,7 +67,7 @@ def _thresholds(
         name: merge_dtype([theta[name] for theta in thetas])
         for name in names
         if thetas[0][name].is_floating_point()
-        and is_finite(thetas[0][name])
+        and finite(thetas[0][name])
         and not of_batch_norm(name, names)
     }
     if not dtypes:

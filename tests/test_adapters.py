@@ -210,7 +210,8 @@ class Mixture(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         config = LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.up"])
-        self.backbone = get_peft_model(nn.ModuleDict({"experts": Experts()}), config)  # type: ignore[arg-type]
+        below: Any = nn.ModuleDict({"experts": Experts()})
+        self.backbone = get_peft_model(below, config)
 
     def test_step(self, batch: Any) -> None: ...
 
@@ -229,7 +230,7 @@ def test_adapters_of_experts_keep_their_scaling(tmp_path: Path, method: str) -> 
     for parameter in own.backbone.parameters():
         if parameter.requires_grad:
             parameter.data.normal_()
-    own.backbone.save_pretrained(tmp_path)
+    own.backbone.save_pretrained(str(tmp_path))
     pair = [Task(name, Mixture(), tmp_path, ROWS, head=(), prefix="backbone.") for name in "ab"]
     module = MergeModule(pair, method)
     module.merge(progress=False)

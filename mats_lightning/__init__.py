@@ -15,7 +15,7 @@ from mats_lightning.callback import MaTSStatsCallback
 from mats_lightning.collect import collect_statistics
 from mats_lightning.module import MergeModule
 from mats_lightning.refresh import refresh
-from mats_lightning.rounds import RefreshPlan
+from mats_lightning.refresh_plan import RefreshPlan
 from mats_lightning.sidecar import load_statistics, save_statistics, sidecar_path
 from mats_lightning.statistics import Statistics
 from mats_lightning.tasks import Task

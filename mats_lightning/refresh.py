@@ -30,22 +30,14 @@ from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn
-from mats_lightning.rounds import Folder, RefreshPlan, Round, State, last_kept
-from mats_lightning.sampled import LogitsFn, choose_fisher
+from mats_lightning.refresh_plan import RefreshPlan, check_arguments
+from mats_lightning.rounds import Folder, Round, State, last_kept
+from mats_lightning.sampled import LogitsFn
 from mats_lightning.sidecar import name_of
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.digest import digest
 from mats_lightning.task_rounds import TaskRounds, quiet_trainer
 from mats_lightning.tasks import Part
-
-OF_STATISTICS = (
-    "mask_fn",
-    "loss_reduction",
-    "batch_size_fn",
-    "max_factor_size",
-    "weight_sharing",
-    "adapted_weights",
-)
 
 
 def refresh(
@@ -97,43 +89,8 @@ def refresh(
     """
     plan = plan or RefreshPlan()
     trainer = trainer or quiet_trainer()
-    if trainer.precision.endswith("-true") and trainer.precision != "32-true":
-        raise ValueError(
-            f"the trainer has precision={trainer.precision!r}, which converts the tasks' modules"
-            " when they are validated: convert them before, module.bfloat16(), and pass"
-            " Trainer(precision='32-true'), which leaves them as they are"
-        )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"the trainer has {trainer.world_size} devices: a refresh takes its statistics on one;"
-            " pass Trainer(devices=1)"
-        )
-    if plan.fisher == "sampled":
-        choose_fisher(plan.fisher, logits_fn, plan.seed, draws=1)  # raises without logits_fn
-    if plan.labels == "teacher" and logits_fn is None:
-        raise ValueError(
-            "labels='teacher' needs the logits of the tasks' modules: pass logits_fn=lambda"
-            " module, batch: ...; or give RefreshPlan(labels='data')"
-        )
     options = dict(statistics_options or {})
-    if options and plan.by != "solving":
-        raise ValueError(
-            f"statistics_options={sorted(options)}, and by={plan.by!r} takes no statistics: leave"
-            " them out, or take RefreshPlan(by='solving')"
-        )
-    if refused := sorted(options.keys() - OF_STATISTICS):
-        raise ValueError(
-            f"statistics_options: '{refused[0]}' is none of {', '.join(OF_STATISTICS)}; the plan"
-            " and the other arguments say all else"
-        )
-    if "loss_reduction" in options and plan.labels == "teacher":
-        raise ValueError(
-            "statistics_options: the loss towards a teacher is a mean; loss_reduction goes with"
-            " RefreshPlan(labels='data')"
-        )
-    if unknown := sorted(set(loaders or ()) - set(module.tasks)):
-        known = ", ".join(module.tasks)
-        raise ValueError(f"loaders: '{unknown[0]}' is no task; the tasks are {known}")
+    check_arguments(plan, trainer, module.tasks, logits_fn, loaders or {}, options)
     with ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(TemporaryDirectory())

@@ -1,4 +1,4 @@
-"""The plan and the record of a refresh: its rounds, and the folder in which they are kept."""
+"""The record of a refresh: its rounds, and the folder in which they are kept."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
 import torch
@@ -14,112 +14,13 @@ from torch import Tensor
 
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.files import write_text
-from mats_lightning.heads import ITERATIONS
 from mats_lightning.measuring import save_state
-from mats_lightning.merging.models import Weights, check_range
-from mats_lightning.merging.results import objective_kinds
-from mats_lightning.sampled import FISHERS, Fisher
+from mats_lightning.merging.models import Weights
+from mats_lightning.refresh_plan import RefreshPlan
 from mats_lightning.sidecar import SUFFIX
 
 State = dict[str, Tensor]
-LABELS = ("data", "teacher")
-WAYS = ("solving", "training")
-JUDGES = ("score", "loss")
 ROUNDING = 1e-5  # what other threads or another machine change in the norm of a parameter
-
-
-@dataclass(frozen=True)
-class RefreshPlan:
-    """What a refresh does; all of it is kept in its folder, and most on the model card.
-
-    Arguments:
-        rounds: steps of the shared parameters, at most; one that cannot be kept is the last. A
-            folder may hold more: they stay there. 0 is for heads alone.
-        by: how a round finds its step: by "training" on the rows, heads along with what is shared
-            (`joint_training.train_together`), or by "solving" an equation, with curvature that is
-            taken anew (`merging.refresh_step`).
-        heads: iterations to choose from, a task at a time on its validation rows, when its own head
-            is fitted to the merged weights (`heads.fit_head`): of the merge, and of each step that
-            is tried. () leaves heads as they are.
-        rows: of each task, the same in every round.
-        epochs: of the training, over the rows.
-        learning_rate: of the training, at its highest.
-        mix: what is solved (`merging.refresh_step`): 0 is the merge's equation, 1 a
-            natural-gradient step. With mix > 0 take fisher="sampled", and a damping (0.01, say):
-            the gradient of few rows has noise where they have no curvature.
-        iterations: of the conjugate gradient method.
-        damping: of the curvatures' sum, relative to its mean eigenvalue.
-        preconditioner_damping: that of the preconditioner.
-        radius: where a block ends, in distances of the tasks' own weights; None for no end.
-        normalize: whether each task's curvature is divided by its mean eigenvalue.
-        objective: which curvature, as in `mats`.
-        step: how far to go of what is solved for or trained, at first.
-        kept: regular expressions for names of parameters that stay as they are.
-        fisher: of the curvature: "empirical" or "sampled".
-        labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
-            what the task's own model predicts ("teacher", which needs `logits_fn` and no labels;
-            see `distillation.soft_targets`), or those of the "data".
-        decay: what the sums of the rounds before count beside a round's own: averages the
-            curvature, not the gradient.
-        tries: steps that a round tries, each half of the one before, until validation is no worse
-            than before the round. After the last the round is taken back.
-        judge: what says so, a mean over tasks: the "loss" to `labels` (the distance to what the
-            task's own model predicts, or the module's training_step on validation batches), which
-            tells small differences on few rows, or the "score", their primary metrics.
-        seed: of the choice of rows, of drawn labels and of the training's order.
-
-    Raises ValueError for values out of range.
-    """
-
-    rounds: int = 1
-    by: Literal["training", "solving"] = "training"
-    heads: tuple[int, ...] = ITERATIONS
-    rows: int = 500
-    mix: float = 0.0
-    step: float = 1.0
-    iterations: int = 5
-    damping: float = 0.0
-    preconditioner_damping: float = 1e-3
-    radius: float | None = 10.0
-    normalize: bool = True
-    objective: str = "kfac"
-    kept: tuple[str, ...] = ()
-    fisher: Fisher = "empirical"
-    epochs: int = 2
-    learning_rate: float = 2e-5
-    labels: Literal["teacher", "data"] = "teacher"
-    decay: float = 0.0
-    tries: int = 3
-    judge: Literal["loss", "score"] = "loss"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "rows", "iterations", "tries", "epochs"):
-            if getattr(self, name) < (lowest := int(name != "rounds")):
-                raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
-        if not self.rounds and not self.heads:
-            raise ValueError("rounds=0 and heads=(): there is nothing to do")
-        if any(count < 1 for count in self.heads):
-            raise ValueError(f"heads={self.heads}; iterations from 1 on are needed")
-        for name in ("mix", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it lies between 0 and 1")
-        for name in ("step", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}; it must be a positive number")
-        for name in ("damping", "preconditioner_damping", "radius"):
-            check_range(name, getattr(self, name) or 0.0)
-        choices = {"by": WAYS, "fisher": FISHERS, "labels": LABELS, "judge": JUDGES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
-        if "identity" in objective_kinds(self.objective):
-            raise ValueError(f"objective={self.objective!r} has no statistics to take again")
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """What is taken of each task."""
-        return (*objective_kinds(self.objective), *(["gradient"] if self.mix > 0 else []))
 
 
 @dataclass(frozen=True)

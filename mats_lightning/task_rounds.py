@@ -25,7 +25,8 @@ from mats_lightning.module import MergeModule, load_state
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn, evaluating, to_device, value_of_loss
 from mats_lightning.products import lora_of
-from mats_lightning.rounds import Folder, RefreshPlan, State
+from mats_lightning.refresh_plan import RefreshPlan
+from mats_lightning.rounds import Folder, State
 from mats_lightning.sampled import LogitsFn
 from mats_lightning.sidecar import check_belongs, load_statistics, save_statistics
 from mats_lightning.statistics import Statistics

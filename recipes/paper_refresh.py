@@ -81,15 +81,16 @@ class RefreshTable:
         self, setting: Setting, refresh: Refresh, seed: Seed, first: Seed | None = None
     ) -> None:
         self.setting, self.refresh, self.seed, self.first = setting, refresh, seed, first
-        self.plan = next(iter(refresh.plans.values()))  # of `methods`, and of the rivals
+        self.rivals = RIVALS if refresh.rivals is not None else ()
         self.merge = refresh.merges[0]  # that more is done with
 
     # -- what there is -----------------------------------------------------------------------
 
     def lines(self) -> Iterator[Line]:
-        label, first = next(iter(self.refresh.plans)), self.first is None
+        (label, plan), *_ = self.refresh.plans.items()
+        first = self.first is None
         for method in self.refresh.methods if first else ():
-            yield self._line(method, label, self.plan)
+            yield self._line(method, label, plan)
         for method in self.refresh.merges:
             plans = dict(self.refresh.plans)
             if first and method == self.merge:
@@ -110,7 +111,8 @@ class RefreshTable:
     def trainings(self, label: str) -> list[Training]:
         """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
         point = self._point(self.merge) if label == "from the merge" else None
-        rates = self.refresh.learning_rates
+        assert self.refresh.rivals is not None
+        rates = self.refresh.rivals.learning_rates
         if label == "from the merge" and point is None:
             return []
         tried = [Training(label, rate, point) for rate in rates]
@@ -128,7 +130,13 @@ class RefreshTable:
         return max(known, key=lambda entry: entry[0])[1]
 
     def _plan_of_rivals(self) -> RefreshPlan:
-        return self._line(self.merge, "", self.plan).plan
+        return self._refreshed().plan
+
+    def _refreshed(self) -> Line:
+        """What the rivals are held against."""
+        assert self.refresh.rivals is not None
+        label = self.refresh.rivals.plan
+        return self._line(self.merge, label, self.refresh.plans[label])
 
     def records(self) -> Iterator[Record]:
         for line in self.lines():
@@ -137,7 +145,7 @@ class RefreshTable:
                 for split in SPLITS:
                     slot = self.seed.cells.slot(line.key(number, split))
                     yield Record(**about, iterations=number, split=split, **slot)
-        for label in RIVALS if self.refresh.learning_rates else ():
+        for label in self.rivals:
             yield from self._records_of_rival(label)
 
     def _records_of_rival(self, label: str) -> Iterator[Record]:
@@ -165,11 +173,12 @@ class RefreshTable:
         for _, own in groupby(self.lines(), lambda line: line.method):
             done = [self._done(line) for line in own]
             counted.append((1 + len(done), sum(done) + all(done)))
-        for label in RIVALS if self.refresh.learning_rates else ():
-            total = len(self.refresh.learning_rates) if self.first is None else 1
+        for label in self.rivals:
             tried, plan = self.trainings(label), self._plan_of_rivals()
             known = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
             done = [cell is not None for cell in known]
+            assert self.refresh.rivals is not None
+            total = len(self.refresh.rivals.learning_rates) if self.first is None else 1
             counted.append((total, sum(done)))
             if label == "from the merge":
                 counted.append((1, len(done) == total and all(done)))
@@ -183,7 +192,7 @@ class RefreshTable:
         for method, own in groupby(self.lines(), lambda line: line.method):
             if missing := [line for line in own if not self._done(line)]:
                 self._run_plans(bench, method, missing)
-        for label in RIVALS if self.refresh.learning_rates else ():
+        for label in self.rivals:
             self._run_rival(bench, label)
 
     def _run_plans(self, bench: Bench, method: str, lines: list[Line]) -> None:
@@ -246,8 +255,7 @@ class RefreshTable:
             return
         start = None
         if label == "from the merge":
-            line = self._line(self.merge, "", self.plan)
-            refreshed = self.seed.cells.at(line.key(plan.rounds, "test"))
+            refreshed = self.seed.cells.at(self._refreshed().key(plan.rounds, "test"))
             assert refreshed is not None  # `run` begins with it
             start = Start(self._merged(bench, self.merge), refreshed.merge_seconds)
         for one in missing:
@@ -264,7 +272,7 @@ class RefreshTable:
                 self.seed.cells.forget(key for key in keys if key is not None)
             folder = self.seed.options.output_dir / "refresh"
             shutil.rmtree(folder_of(folder, "rounds", self._settings(line)), ignore_errors=True)
-        for label in RIVALS if self.refresh.learning_rates else ():
+        for label in self.rivals:
             for one in self.trainings(label):
                 plan = self._plan_of_rivals()
                 self.seed.cells.forget(one.key(plan, split) for split in SPLITS)

@@ -17,26 +17,36 @@ TABLES = ("methods", "refresh", "starts", "ablations", "cost", "intermediate")
 
 
 @dataclass(frozen=True)
+class Rivals:
+    """What training on the rows of a refresh reaches: all tasks together, and from its merge.
+
+    Args:
+        plan: label of the refresh among `plans`; from the merge it is trained for its seconds.
+        learning_rates: to choose from, on validation rows of the first seed.
+    """
+
+    plan: str
+    learning_rates: list[float]
+
+
+@dataclass(frozen=True)
 class Refresh:
     """Merges refreshed, tested after each round; and what training reaches on the same rows.
 
     Args:
-        plans: fields of RefreshPlan, by a label; the first one is that of `methods`, and of the
-            rivals.
+        plans: fields of RefreshPlan, by a label; the first one is that of `methods`.
         merges: the rows of the setting's methods that all plans refresh, with the settings chosen
             for them; the first one is that of `first_seed` and of the rivals.
         methods: more rows, which the first plan refreshes, on the first seed alone.
         first_seed: more plans, for the first seed alone.
-        learning_rates: of the rivals (all tasks trained together on the plan's rows, and from the
-            merge for the seconds of its refresh), chosen on validation rows of the first seed; none
-            are trained without.
+        rivals: if any are trained.
     """
 
     plans: dict[str, RefreshPlan]
     merges: list[str]
     methods: list[str] = field(default_factory=list)
     first_seed: dict[str, RefreshPlan] = field(default_factory=dict)
-    learning_rates: list[float] = field(default_factory=list)
+    rivals: Rivals | None = None
 
 
 @dataclass(frozen=True)
@@ -191,8 +201,13 @@ class Setting:
                 raise ValueError(f"refresh: {label!r} merges nothing")
         if odd := sorted({*refresh.plans} & {*refresh.first_seed}):
             raise ValueError(f"refresh: {odd[0]!r} is among plans and first_seed")
-        if any(rate <= 0 for rate in refresh.learning_rates):
-            raise ValueError(f"refresh: learning_rates {refresh.learning_rates}: above 0 each")
+        if refresh.rivals is not None:
+            label, rates = refresh.rivals.plan, refresh.rivals.learning_rates
+            if label not in refresh.plans:
+                known = ", ".join(refresh.plans)
+                raise ValueError(f"refresh: rivals: the plan {label!r} is none of {known}")
+            if not rates or any(rate <= 0 for rate in rates):
+                raise ValueError(f"refresh: rivals: learning_rates {rates}: one or more above 0")
 
     def _options_of_mats(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Those beside which the iterations are said."""

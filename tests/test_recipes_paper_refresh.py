@@ -36,7 +36,7 @@ REFRESH: dict[str, Any] = {
         "heads, mix": {"rows": 40, "heads": [1, 5], **MIXED},
         "far": {"rounds": 2, "rows": 40, "step": 1e6, "tries": 1, "heads": [], **SOLVING},
     },
-    "learning_rates": [1e-9, 2e-2],
+    "rivals": {"plan": "heads", "learning_rates": [1e-9, 2e-2]},
 }
 
 
@@ -209,7 +209,9 @@ def test_refreshes_over_seeds(
         ({"merges": ["pretrained"], "methods": []}, "'pretrained' merges nothing"),
         ({"plans": {"training": {}}}, "can have its heads fitted alone"),
         ({"first_seed": {"heads": {}}}, "'heads' is among plans and first_seed"),
-        ({"learning_rates": [0.0]}, "above 0"),
+        ({"rivals": {"plan": "heads", "learning_rates": [0.0]}}, "above 0"),
+        ({"rivals": {"plan": "heads", "learning_rates": []}}, "one or more"),
+        ({"rivals": {"plan": "mix", "learning_rates": [1e-4]}}, "'mix' is none of heads, 12 rows"),
         ({"plans": {"steps": {"mix": 3.0}}}, "mix=3.0"),
     ],
 )

@@ -36,6 +36,8 @@ def soft_targets(
     another, and for logits of the model without gradient.
     """
 
+    mask_fn = default_masks(teacher)  # a look at each of its modules
+
     def loss(model: nn.Module, batch: Any) -> Tensor:
         key = None if kept is None else _content(batch)
         if kept is None or key is None or (target := kept.get(key)) is None:
@@ -44,7 +46,7 @@ def soft_targets(
             target = given[0] if isinstance(given, tuple) else given
             if kept is not None and key is not None and target.ndim == 2:
                 kept[key] = target
-        masks = Masks.of(default_masks(model)(batch))
+        masks = Masks.of(mask_fn(batch))
         logits, keep = logits_and_mask(logits_fn(model, batch), len(target), masks)
         if logits.shape != target.shape:
             raise ValueError(

@@ -117,6 +117,21 @@ def test_the_head_comes_to_the_optimum_of_all_rows(model: Model) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in found.state.items())
 
 
+def test_no_point_is_evaluated_twice(model: Model) -> None:
+    points: list[Tensor] = []
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        points.append(model.head.weight.detach().clone())
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    found = fit_head(model, batches(16), HEAD, iterations=[10], loss_fn=loss)
+    assert torch.equal(points[0], points[1])  # what is replayed was recorded there
+    assert len(points) > 10
+    for i, point in enumerate(points[1:-1]):
+        assert not any(torch.equal(point, later) for later in points[i + 2 :])
+    assert torch.equal(points[-1], found.state["head.weight"])
+
+
 def test_gradients_and_what_trains_are_left_alone(model: Model) -> None:
     rows = batches(8)
     model.head.weight.grad = torch.ones_like(model.head.weight)

@@ -81,7 +81,7 @@ class RefreshTable:
         self, setting: Setting, refresh: Refresh, seed: Seed, first: Seed | None = None
     ) -> None:
         self.setting, self.refresh, self.seed, self.first = setting, refresh, seed, first
-        self.rivals = RIVALS if refresh.rivals is not None else ()
+        self.rivals = RIVALS if refresh.rivals is not None and first is None else ()
         self.merge = refresh.merges[0]  # that more is done with
 
     # -- what there is -----------------------------------------------------------------------
@@ -109,21 +109,17 @@ class RefreshTable:
         return chosen_point((self.first or self.seed).cells, self.setting.methods[label])
 
     def trainings(self, label: str) -> list[Training]:
-        """Of one rival: at each learning rate for the first seed, at the one chosen for others."""
+        """Of one rival, at each learning rate."""
         point = self._point(self.merge) if label == "from the merge" else None
-        assert self.refresh.rivals is not None
-        rates = self.refresh.rivals.learning_rates
         if label == "from the merge" and point is None:
             return []
-        tried = [Training(label, rate, point) for rate in rates]
-        if self.first is None or len(tried) == 1:
-            return tried
-        best = self._best(tried, self.first)
-        return [] if best is None else [best]
+        assert self.refresh.rivals is not None
+        return [Training(label, rate, point) for rate in self.refresh.rivals.learning_rates]
 
-    def _best(self, tried: list[Training], seed: Seed) -> Training | None:
-        """On the validation rows of this seed; None while one is missing."""
-        cells = [seed.cells.at(one.key(self._plan_of_rivals(), "validation")) for one in tried]
+    def _best(self, tried: list[Training]) -> Training | None:
+        """On validation rows; None while one is missing."""
+        plan = self._plan_of_rivals()
+        cells = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
         known = [(cell.average, one) for cell, one in zip(cells, tried, strict=True) if cell]
         if len(known) < len(tried):
             return None
@@ -155,7 +151,7 @@ class RefreshTable:
         for one in tried:
             slot = self.seed.cells.slot(one.key(plan, "validation"))
             yield Record(**about, settings=one.words, split="validation", **slot)
-        best = self._best(tried, self.seed) if tried else None
+        best = self._best(tried) if tried else None
         if best is None:
             yield Record(**about, settings="not chosen yet", split="test")
         else:
@@ -178,7 +174,7 @@ class RefreshTable:
             known = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
             done = [cell is not None for cell in known]
             assert self.refresh.rivals is not None
-            total = len(self.refresh.rivals.learning_rates) if self.first is None else 1
+            total = len(self.refresh.rivals.learning_rates)
             counted.append((total, sum(done)))
             if label == "from the merge":
                 counted.append((1, len(done) == total and all(done)))
@@ -245,11 +241,6 @@ class RefreshTable:
     def _run_rival(self, bench: Bench, label: str) -> None:
         plan, steps = self._plan_of_rivals(), bench.steps
         tried = self.trainings(label)
-        if not tried:
-            raise ValueError(
-                f"refresh: the learning rate of 'trained {label}' is chosen by seed"
-                f" {(self.first or self.seed).seed}, which has not been measured yet"
-            )
         missing = [one for one in tried if self.seed.cells.at(one.key(plan, "test")) is None]
         if not missing:
             return

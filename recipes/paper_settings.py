@@ -20,9 +20,11 @@ TABLES = ("methods", "refresh", "starts", "ablations", "cost", "intermediate")
 class Rivals:
     """What training on the rows of a refresh reaches: all tasks together, and from its merge.
 
+    On the first seed alone.
+
     Args:
         plan: label of the refresh among `plans`; from the merge it is trained for its seconds.
-        learning_rates: to choose from, on validation rows of the first seed.
+        learning_rates: to choose from, on validation rows.
     """
 
     plan: str

@@ -97,8 +97,8 @@ def test_refreshes_over_seeds(
     everything = rows_of(tmp_path)
     rows = [row for row in everything if row["table"] == "refresh"]
     # the merges' plans, the first seed's more, its methods, each on two splits after each round;
-    # two rivals, at two rates on validation and one on test
-    assert len(rows) == 2 * (2 * 2 + 2 + 2 + 3 + 1) + 2 * 3 + 2 * (2 * 2) + 2 * 2
+    # two rivals on the first seed, at two rates on validation and one on test
+    assert len(rows) == 2 * (2 * 2 + 2 + 2 + 3 + 1) + 2 * 3 + 2 * (2 * 2)
 
     def row_of(seed: int, label: str, plan: str, split: str, number: int = 0) -> dict[str, str]:
         about = (str(seed), label, plan, split, str(number))
@@ -151,13 +151,13 @@ def test_refreshes_over_seeds(
             quotients = [scores(row)[name] / known[name] for name in WORDS]
             assert float(row["relative"]) == pytest.approx(mean(quotients))
 
-    # the rate that is best on the first seed, on both; the lowest leaves everything as it was
+    # the rate that is best on validation rows; the lowest leaves everything as it was
     for kind in ("together", "from the merge"):
         label = f"trained {kind} on 40 rows"
-        tried = [r for r in rows if (r["label"], r["split"]) == (label, "validation")][:2]
+        tried = [r for r in rows if (r["label"], r["split"]) == (label, "validation")]
         best = max(tried, key=lambda row: float(row["average"]))["settings"]
         assert kind != "together" or best == "learning rate 0.02"
-        assert all(float(row_of(seed, label, best, "test")["merge_seconds"]) > 0 for seed in (0, 1))
+        assert float(row_of(0, label, best, "test")["merge_seconds"]) > 0
     slow = row_of(0, "trained from the merge on 40 rows", "learning rate 1e-09", "validation")
     validated = [
         r

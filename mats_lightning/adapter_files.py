@@ -54,7 +54,7 @@ def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def names_in_model(config: Mapping[str, Any], source: Path) -> Callable[[str], str]:
     """Name in the file -> name in a PeftModel: peft leaves the adapter's own name out there.
 
-    It raises ValueError for what peft saves under several names.
+    It raises ValueError for what peft saves under several names, and for rows of an embedding.
     """
     saved = config.get("modules_to_save") or []
 
@@ -66,6 +66,12 @@ def names_in_model(config: Mapping[str, Any], source: Path) -> Callable[[str], s
                 " the biases of modules_to_save under several names. Fold the adapter into its"
                 " model (merge_and_unload) and merge the models, or train with bias='lora_only' or"
                 " 'none'"
+            )
+        if "token_adapter" in parts:
+            raise ValueError(
+                f"{source} holds '{key}': rows of an embedding that were trained"
+                " (trainable_token_indices), which another adapter may have of other tokens. Fold"
+                " the adapter into its model (merge_and_unload) and merge the models"
             )
         for i, part in enumerate(parts, start=1):
             if part == DORA:

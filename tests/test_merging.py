@@ -1236,11 +1236,32 @@ def test_bad_options(problem: Problem, method: Any, options: dict[str, Any], mes
 
 
 def run_method(
-    method: str, problem: Problem, statistics: Sequence[Statistics] | None = None
+    method: str,
+    problem: Problem,
+    statistics: Sequence[Statistics] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Any:
     statistics = problem.statistics if statistics is None else statistics
     functions: dict[str, Any] = {"fisher": fisher, "regmean": regmean, "mats": mats}
-    return functions[method](problem.thetas, statistics)
+    return functions[method](problem.thetas, statistics, weights=weights)
+
+
+@pytest.mark.parametrize("method", ["average", *STATISTIC_METHODS])
+def test_what_is_equal_in_all_models_stays_so_to_the_bit(problem: Problem, method: str) -> None:
+    """Layers that were frozen come out as they went in, whatever the weights."""
+    problem = problem.to(torch.float32)
+    names = ["free", "first.weight"] if method == "mats" else ["free"]
+    for theta in problem.thetas[1:]:
+        theta.update({name: problem.thetas[0][name].clone() for name in names})
+    weights = [0.3, 0.25, 3.0]
+    if method == "average":
+        found = average(problem.thetas, weights=weights)
+    else:
+        found = run_method(method, problem, weights=weights)
+    if method == "mats":
+        found = found.state_dict
+    for name in names:
+        assert torch.equal(found[name], problem.thetas[0][name])
 
 
 FACTOR_OF = {"fisher": ("f", "first.weight"), "regmean": ("a", "first"), "mats": ("g", "first")}

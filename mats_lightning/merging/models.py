@@ -208,9 +208,12 @@ def _running_statistics(
 
 
 def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum w_i theta_i / sum w_i; a weight of 0 shuts out NaN as well."""
-    total = torch.zeros_like(tensors[0])
-    for tensor, weight in zip(tensors, weights, strict=True):
-        if weight:
-            total.add_(tensor, alpha=weight)
-    return total.div_(sum(weights))
+    """sum w_i theta_i / sum w_i; a weight of 0 shuts out NaN as well.
+
+    Taken of the differences to one of them: what is equal in all, a frozen layer, stays so.
+    """
+    first, *others = [(t, w) for t, w in zip(tensors, weights, strict=True) if w]
+    total = torch.zeros_like(first[0])
+    for tensor, weight in others:
+        total.add_(tensor - first[0], alpha=weight)
+    return total.div_(sum(weights)).add_(first[0])

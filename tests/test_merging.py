@@ -1257,9 +1257,8 @@ def test_what_is_equal_in_all_models_stays_so_to_the_bit(problem: Problem, metho
     if method == "average":
         found = average(problem.thetas, weights=weights)
     else:
-        found = run_method(method, problem, weights=weights)
-    if method == "mats":
-        found = found.state_dict
+        result = run_method(method, problem, weights=weights)
+        found = result.state_dict if method == "mats" else result
     for name in names:
         assert torch.equal(found[name], problem.thetas[0][name])
 

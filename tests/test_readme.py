@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lightning as L
 import pytest
 import torch
+from datasets import Dataset
 from test_recipes import bert
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mats_lightning import MergeModule
 from mats_lightning.rounds import Round
@@ -96,7 +100,12 @@ def test_the_text_classifier_is_trained_merged_loaded_and_refreshed(
     tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"trec_data": Words(6), "sms_data": Words(2)}
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    names: dict[str, Any] = {
+        "trec_data": Words(6),
+        "sms_data": Words(2),
+        "tokenizer": tokenizer,
+    }
 
     def run(block: str) -> None:
         text = block.replace("sentence-transformers/all-MiniLM-L6-v2", str(bert))
@@ -104,8 +113,9 @@ def test_the_text_classifier_is_trained_merged_loaded_and_refreshed(
 
     run(blocks("## Statistics from your own training")[0])
     merging = blocks("## Merging your own models")
-    for block in merging[:3]:  # merge, load, relative to the individual models
+    for block in merging[:4]:  # merge, load, relative to the individual models, a scale
         run(block)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
     module, head = names["module"], names["head"]
     assert isinstance(module, MergeModule) and module.scores == {}
     state = module.state_of("trec")
@@ -119,3 +129,35 @@ def test_the_text_classifier_is_trained_merged_loaded_and_refreshed(
         "trec",
         "sms",
     }
+
+
+class Wrapped(L.LightningModule):
+    """A model with its classifier, as transformers has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def test_statistics_of_a_model_of_the_hub(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    texts = [f"{colour} the a" for colour in ("red", "blue", "green", "dark")] * 5
+    names: dict[str, Any] = {
+        "rows": Dataset.from_dict({"text": texts, "labels": [0, 1] * 10}),
+        "tokenizer": AutoTokenizer.from_pretrained(bert),
+        "model": model,
+        "module": Wrapped(model),
+        "data": Words(2),
+    }
+    collecting, hub = blocks("## Statistics from your own training")[1:]
+    exec(compile(collecting, str(README), "exec"), names)
+    assert names["statistics"].examples == 20
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: "my_model")
+    exec(compile(hub, str(README), "exec"), names)
+    merge = MergeModule([names["task"]], "fisher")
+    merge.merge(progress=False)
+    for name, tensor in merge.state_of("trec").items():
+        torch.testing.assert_close(tensor, model.state_dict()[name.removeprefix("model.")])

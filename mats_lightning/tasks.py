@@ -2,7 +2,7 @@
 
 import os
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +86,7 @@ class Task:
         expected = {plain_name(n): t.shape for n, t in state if isinstance(t, Tensor)}
         if adapter := is_adapter(self.checkpoint):
             self._check_adapter()
+            self._check_biases(expected, weights)
             # peft saves some of what lies below as well: trained biases, adapted embeddings
             own = {n for n in expected if ADAPTER_NAME in n.split(".") or n in weights}
             expected = {n: s for n, s in expected.items() if n in own}
@@ -127,6 +128,18 @@ class Task:
                         f" {key}={found.get(key)!r}, its module has {forms[0].get(key)!r}: build"
                         " the module with the adapter's configuration"
                     )
+
+    def _check_biases(self, names: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        """Those of adapted layers, which some versions of peft train and do not save (0.18.0)."""
+        if adapter_config(self.checkpoint).get("bias", "none") == "none":
+            return
+        lost = [n for n in names if n.endswith(".base_layer.bias") and n not in weights]
+        if lost:
+            raise ValueError(
+                f"task '{self.name}': {self.checkpoint} was trained with biases, and"
+                f" '{lost[0]}' is not in it ({len(lost)} such names): save it again with a newer"
+                " peft, from the model that was trained"
+            )
 
     def load_statistics(self) -> Statistics:
         """The statistics of the checkpoint, checked to belong to its weights.

@@ -628,6 +628,11 @@ def test_whole_numbers_may_be_the_labels_of_a_regression() -> None:
         bert(BertForSequenceClassification, num_labels=1, problem_type="regression").eval().float()
     )
     batches = [batch | {"labels": 3 * batch["labels"]} for batch in texts((4, 5))]
+    try:
+        model(**batches[0]).loss.backward()
+    except RuntimeError as error:  # transformers 5.0
+        pytest.skip(f"the model takes no whole numbers: {error}")
+    model.zero_grad()
     found = collect_statistics(model, batches, progress=False)
     wanted = expected(lambda batch: regression(model, batch), batches, root=model)
     assert found.info["loss_reduction"] == "mean"

@@ -174,9 +174,10 @@ def test_rivals_train_on_the_rows_of_the_refresh(
 
     monkeypatch.setattr(refresh_rivals.TimedClassifier, "on_train_start", noted_start)
     monkeypatch.setattr(refresh_rivals.MultitaskClassifier, "training_step", noted)
-    lines = refresh.main(arguments(tmp_path, bert, "--rivals", "--rival_rates=[1e-9, 2e-2]"))
+    more = ("--plan.step=0.05", "--rivals", "--rival_rates=[1e-9, 1e-2]")
+    lines = refresh.main(arguments(tmp_path, bert, *more))
     together, timed = lines[-2:]
-    assert " steps at 0.02, " in together.row.settings  # the other one learns nothing
+    assert " steps at 0.01, " in together.row.settings  # the other one learns nothing
     assert together.row.method == "trained together on 40 rows"
     assert timed.row.method == "trained from the merge on 40 rows"
     assert any(line.row.method == "refresh, round 1" for line in lines)  # other weights follow
@@ -192,7 +193,7 @@ def test_rivals_train_on_the_rows_of_the_refresh(
     assert rows["MultitaskClassifier"] >= rows["TimedClassifier"] != set()
     for number in range(3):
         assert len([None for n, _ in rows["MultitaskClassifier"] if n == number]) <= 40
-    assert rates[0] == 0 and max(rates) <= 2e-2
+    assert rates[0] == 0 and max(rates) <= 1e-2
     spent = [line.seconds or 0 for line in lines if line.row.method.startswith("refresh")]
     assert timed.seconds is not None and timed.seconds < max(spent, default=0) + 30
 

@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-)
+from torch.utils.data import DataLoader, Subset
 
 # batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
 # whose name has it
@@ -224,26 +218,16 @@ def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
             )
 
 
-PLAIN = (RandomSampler, SequentialSampler, SubsetRandomSampler)  # they know nothing of a row
-
-
 def first_rows(loader: Any, rows: int, seed: int) -> DataLoader[Any]:
     """Batches of the first `rows` rows of a loader's data set, in an order that `seed` gives.
 
-    How the loader shuffles has no influence on which rows these are; where its sampler gives only
-    some rows, the choice is among these. A shuffling sampler of another kind than torch's may put
-    rows of like length together: then they come in its order. Raises ValueError for a loader that
-    rows cannot be picked from.
+    The loader's shuffling has no influence; where its sampler gives only some rows, the choice is
+    among these. Raises ValueError for a loader that rows cannot be picked from.
     """
     known = rows_to_pick(loader)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    chosen = [known[i] for i in order[:rows].tolist()]
-    first, second = _two_epochs(loader.sampler, seed)
-    if first != second and not isinstance(loader.sampler, PLAIN):
-        place = {row: i for i, row in enumerate(first)}
-        chosen.sort(key=place.__getitem__)
-    subset: Subset[Any] = Subset(loader.dataset, chosen)
-    return DataLoader(subset, loader.batch_size, collate_fn=loader.collate_fn)
+    chosen: Subset[Any] = Subset(loader.dataset, [known[i] for i in order[:rows].tolist()])
+    return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
 
 
 def rows_to_pick(loader: Any) -> Sequence[int]:
@@ -258,7 +242,7 @@ def rows_to_pick(loader: Any) -> Sequence[int]:
             " DataLoader with a batch size over a data set with a length is needed; or pass"
             " loaders={name: batches}"
         )
-    first, second = _two_epochs(loader.sampler, seed=0)
+    first, second = _two_epochs(loader.sampler)
     if len(set(first)) < len(first) or set(first) != set(second):
         raise ValueError(
             "rows cannot be picked out of its training loader, whose"
@@ -268,14 +252,11 @@ def rows_to_pick(loader: Any) -> Sequence[int]:
     return sorted(first)
 
 
-def _two_epochs(sampler: Any, seed: int) -> tuple[list[int], list[int]]:
+def _two_epochs(sampler: Any) -> tuple[list[int], list[int]]:
     """The rows of each; random numbers are afterwards as if nothing had been drawn."""
     generator = getattr(sampler, "generator", None)
     state = None if generator is None else generator.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if generator is not None:
-            generator.manual_seed(seed)
         rows = list(sampler), list(sampler)
     if generator is not None:
         generator.set_state(state)

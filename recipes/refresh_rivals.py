@@ -159,6 +159,8 @@ def _train(
 
 
 def shuffled(task: Task, plan: RefreshPlan) -> DataLoader[Any]:
-    """The batches that the refresh was given, in a new order each epoch."""
-    batches = list(first_rows(task.dataloader("fit", None), plan.rows, plan.seed))
-    return DataLoader(batches, batch_size=None, shuffle=True)  # type: ignore[arg-type]
+    """The rows that the refresh took its statistics from, in a new order each epoch."""
+    rows = first_rows(task.dataloader("fit", None), plan.rows, plan.seed)
+    return DataLoader(
+        rows.dataset, batch_size=rows.batch_size, shuffle=True, collate_fn=rows.collate_fn
+    )

@@ -216,35 +216,8 @@ def test_of_a_subset_its_rows_alone_are_picked() -> None:
     assert picked(100, seed=2, sampler=SubsetRandomSampler(subset)) != every
 
 
-class Grouped(Sampler[int]):
-    """As a user's own that puts rows of like length together: here even ones, then odd ones."""
-
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        self.generator = generator
-
-    def __iter__(self) -> Iterator[int]:
-        rows = torch.randperm(40, generator=self.generator).tolist()
-        return iter(sorted(rows, key=lambda row: row % 2))
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_a_sampler_that_groups_rows_orders_them(own: bool) -> None:
-    generator = torch.Generator().manual_seed(3) if own else None
-    found = picked(20, sampler=Grouped(generator))
-    assert {*found} == {*picked(20)} and found != picked(20)
-    kinds = [row % 2 for row in found]
-    assert kinds == sorted(kinds) and 0 < sum(kinds) < 20
-    torch.rand(5, generator=generator)  # whatever has been drawn before
-    before = torch.get_rng_state() if generator is None else generator.get_state()
-    first_rows(DataLoader(range(40), sampler=Grouped(generator)), 20, 1)  # type: ignore[arg-type]
-    after = torch.get_rng_state() if generator is None else generator.get_state()
-    assert torch.equal(before, after)
-    assert picked(20, sampler=Grouped(generator)) == found
-    assert picked(20, seed=2, sampler=Grouped(generator)) != found
-
-
 class Backwards(Sampler[int]):
-    """As a user's own that sorts rows by their length, the same way each time."""
+    """As a user's own that groups rows by their length."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(39, -1, -1))

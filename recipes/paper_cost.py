@@ -57,9 +57,7 @@ class Taken:
 
 
 class CostTable:
-    """Training, one evaluation, each method as it was chosen on validation rows, and of the first
-    of the merges that are refreshed its refreshes.
-    """
+    """Training, one evaluation, each method as it was chosen on validation rows, and refreshes."""
 
     def __init__(self, setting: Setting, cost: Cost, seed: Seed) -> None:
         self.cost, self.seed = cost, seed
@@ -117,7 +115,7 @@ class CostTable:
             merge = replace(merge, counts=(count,))
             key = merge.key(count, "none") | {"cost": "merge"}
             yield Taken(f"merge: {label}", count, "", key, partial(merging, merge))
-            if self.refresh is None or label != self.refresh.merges[0]:
+            if self.refresh is None or label not in self.refresh.merges:
                 continue
             for words, plan in self.refresh.plans.items():
                 plan = with_kept(plan, merge.options)

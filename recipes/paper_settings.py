@@ -38,7 +38,7 @@ class Refresh:
     Args:
         plans: fields of RefreshPlan, by a label; the first one is that of `methods`.
         merges: the rows of the setting's methods that all plans refresh, with the settings chosen
-            for them; the first one is that of `first_seed`, of the rivals and of the cost.
+            for them; the first one is that of `first_seed` and of the rivals.
         methods: more rows, which the first plan refreshes, on the first seed alone.
         first_seed: more plans, for the first seed alone.
         rivals: if any are trained.

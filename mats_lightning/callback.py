@@ -1,7 +1,6 @@
-"""MaTSStatsCallback: what is captured of a fit, how to resume, what goes beside a checkpoint."""
+"""MaTSStatsCallback: its arguments, and which hook does what."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,39 +8,20 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from mats_lightning import ranks
-from mats_lightning.accumulation import Accumulation
-from mats_lightning.batch_capture import BatchCapture, BatchOptions
-from mats_lightning.batches import (
-    BatchSizeFn,
-    LossReduction,
-    MaskFn,
-    check_loss_modules,
-    check_loss_reduction,
-    default_masks,
-)
-from mats_lightning.names import plain_name
-from mats_lightning.sampled import (
-    Fisher,
-    LogitsFn,
-    choose_fisher,
-    fisher_info,
-)
+from mats_lightning.batch_capture import BatchOptions
+from mats_lightning.batches import BatchSizeFn, LossReduction, MaskFn, check_loss_reduction
+from mats_lightning.fit_capture import FitCapture, FitOptions
+from mats_lightning.sampled import Fisher, LogitsFn, choose_fisher
 from mats_lightning.saving import follow_checkpoints
-from mats_lightning.sidecar import describe, name_of
-from mats_lightning.statistics import KINDS, Statistics, check_kinds, find_coverage
-from mats_lightning.statistics.digest import digest
+from mats_lightning.statistics import KINDS, Statistics, check_kinds
 from mats_lightning.statistics.record import GRADIENT
-from mats_lightning.training import (
-    averaging_callback,
-    first_epoch,
-    refuse_unsupported,
-)
+from mats_lightning.training import refuse_unsupported
 
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 
@@ -170,31 +150,28 @@ class MaTSStatsCallback(Callback):
             sampling = choose_fisher(fisher, logits_fn, seed, draws)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self.batch_options = BatchOptions(
-            loss_reduction=loss_reduction,
-            loss_scale=loss_scale,
-            batch_size_fn=batch_size_fn,
-            sampling=sampling,
-            every_n_batches=int(every_n_batches),
-            max_examples=None if max_examples is None else int(max_examples),
+        self.options = FitOptions(
+            last_n_epochs=int(last_n_epochs),
+            kinds=kinds,
+            mask_fn=mask_fn,
+            max_factor_size=int(max_factor_size),
+            weight_sharing=weight_sharing,
+            adapted_weights=adapted_weights,
+            device=None if device is None else torch.device(device),
+            batches=BatchOptions(
+                loss_reduction=loss_reduction,
+                loss_scale=loss_scale,
+                batch_size_fn=batch_size_fn,
+                sampling=sampling,
+                every_n_batches=int(every_n_batches),
+                max_examples=None if max_examples is None else int(max_examples),
+            ),
         )
-        self.last_n_epochs = int(last_n_epochs)
-        self.kinds = kinds
-        self.mask_fn = mask_fn
-        self.max_factor_size = int(max_factor_size)
-        self.weight_sharing = weight_sharing
-        self.adapted_weights = adapted_weights
-        self.device = None if device is None else torch.device(device)
         self.sidecar = sidecar
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]
-        self._fit: Accumulation | None = None  # from on_fit_start on
-        self._batches: BatchCapture | None = None  # likewise
-        self._masks: MaskFn  # likewise
-        self._restored: dict[str, Any] | None = None  # state of a checkpoint, not yet in use
-        self._training: list[bool] = []  # which parameters train
-        self._ended: dict[str, str] | None = None  # digest of the weights when the fit ended
+        self._fit: FitCapture | None = None  # from on_fit_start on
+        self._restored: dict[str, Any] | None = None  # state of a checkpoint, until then
         self._group: ProcessGroup | None = None  # the ranks, where there are several
-        self._interrupted = False
 
     @property
     def statistics(self) -> Statistics:
@@ -207,245 +184,83 @@ class MaTSStatsCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unsupported(trainer, pl_module, scale_is_known=self.batch_options.scale_is_known)
-        self._fit, self._batches, self._restored, self._ended = None, None, None, None
-        self._interrupted = False
+        scale_is_known = self.options.batches.scale_is_known
+        refuse_unsupported(trainer, pl_module, scale_is_known=scale_is_known)
+        self._fit, self._restored = None, None
         self._group = ranks.new_group()
         of_checkpoint = partial(self._of_checkpoint, trainer)
         follow_checkpoints(trainer, of_checkpoint, self.sidecar == "last", self.factor_dtype)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """For the parameters that train now."""
-        before, self._training = self._fit, [p.requires_grad for p in pl_module.parameters()]
-        coverage = find_coverage(
-            pl_module,
-            self.kinds,
-            self.max_factor_size,
-            self.weight_sharing,
-            self.adapted_weights,
-            self.device,
-        )
-        self._masks = self.mask_fn or default_masks(pl_module)
-        if self._restored is not None:
-            self._check_same(self._restored["choices"])
-        if not coverage.modules:
-            raise MisconfigurationException(
-                "MaTSStatsCallback finds no layer that it covers with a trainable parameter in"
-                f" {type(pl_module).__name__}:\n{coverage.summary()}"
-            )
-        if self.batch_options.sampling is None:
-            try:
-                check_loss_modules(pl_module, self.batch_options.loss_reduction)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
-        first = first_epoch(trainer, self.last_n_epochs)
-        self._fit = Accumulation(coverage, self.last_n_epochs, first)
-        if before is not None and before.sums:
-            self._note(
-                f"the parameters that train have changed in epoch {trainer.current_epoch}: what was"
-                " captured before is left out"
-            )
-        if averaging := averaging_callback(trainer):
-            self._note(
-                f"{type(averaging).__name__} saves averaged weights; the statistics are taken"
-                " at the weights that train"
-            )
-        resumed: list[int] = []  # the epochs that had been captured in a checkpoint
-        # else they are frozen still, and will train before the first batch that is captured
-        if self._restored is not None and self._restored["rows"].keys() == coverage.rows.keys():
-            rank, size = trainer.global_rank, trainer.world_size
-            self._fit.restore(self._restored, self.device or pl_module.device, rank, size)
-            sums = self._restored["sums"].values()
-            resumed = [epoch for fields in sums for epoch in fields["info"]["epochs"]]
-            self._restored = None
-        self._batches = BatchCapture(
-            self.batch_options, self._fit, self._masks, resumed, note=self._note
-        )
-        sets = 1 if first is not None else self.last_n_epochs
-        window = (
-            f"from epoch {first} on"
-            if first is not None
-            else f"in every epoch, the last {self.last_n_epochs} kept, since the end of this fit"
-            " is not known beforehand or its checkpoint is chosen by a monitored value"
-        )
-        rank_zero_info(
-            f"MaTSStatsCallback captures {window}; at most"
-            f" {sets * coverage.bytes() / 1e6:.0f} MB of sums:\n{coverage.summary()}"
-        )
+        self._fit = FitCapture(self.options, trainer, pl_module, self._restored, self._group)
+        self._restored = None
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._batches is not None:
-            if self._training != [p.requires_grad for p in pl_module.parameters()]:
-                self._begin(trainer, pl_module)
-            self._batches.start(trainer, pl_module, batch, batch_idx)
-            self._drop_restored()
-
-    def _drop_restored(self) -> None:
-        """Where a batch counts before the parameters train that a checkpoint's sums are of."""
-        if self._fit is None or self._restored is None or not self._fit.sums:
-            return
-        differing = sorted(self._restored["rows"].keys() ^ self._fit.coverage.rows.keys())
-        self._restored = None
-        self._note(
-            "the statistics of the checkpoint that the fit resumes from are left out: they are of"
-            f" other parameters, '{differing[0]}' trains in one of the two fits alone"
-        )
+        if self._fit is not None:
+            self._fit = self._fit.start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if self._batches is not None:
-            self._batches.start_backward(pl_module, loss)
+        if self._fit is not None:
+            self._fit.start_backward(pl_module, loss)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batches is not None:
-            self._batches.end_backward(trainer.current_epoch)
+        if self._fit is not None:
+            self._fit.end_backward(trainer.current_epoch)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        if self._batches is not None:
-            self._batches.end(pl_module)
+        if self._fit is not None:
+            self._fit.end_batch(pl_module)
 
     @override
     def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._close()  # the module's on_train_batch_start may have ended the epoch
+        if self._fit is not None:
+            self._fit.close()  # the module's on_train_batch_start may have ended the epoch
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batches is not None:
+        if self._fit is not None:
             where = " on rank 0" if trainer.world_size > 1 else ""
-            rank_zero_info(f"statistics{where}: {self._batches.cost}")
+            rank_zero_info(f"statistics{where}: {self._fit.cost}")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._ended = self._digest(pl_module)
+        if self._fit is not None:
+            self._fit.end(pl_module)
 
     @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._interrupted = True
-        self._close()
+        if self._fit is not None:
+            self._fit.interrupt()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
+        if self._fit is not None:
+            self._fit.close()
 
-    def _close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-
-    def _note(self, *notes: str) -> None:
-        assert self._fit is not None
-        for note in self._fit.note(notes):
-            rank_zero_warn(f"MaTSStatsCallback: {note}; the sidecar says so too")
-
-    # -- checkpoints and resume --------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives alone, since it is loaded with weights_only=True.
-
-        With several devices it is this one's; a checkpoint that is saved gets that of all.
-        """
-        return {} if self._fit is None else self._state(self._fit)
-
-    def _state(self, fit: Accumulation) -> dict[str, Any]:
-        return {"choices": self._choices, **fit.state()}
-
-    @property
-    def _choices(self) -> dict[str, Any]:
-        """What must not change where sums are to be added to."""
-        options = self.batch_options
-        return {
-            "statistics": sorted(self.kinds),
-            "fisher": fisher_info(options.sampling),
-            "loss_reduction": name_of(options.loss_reduction),
-            "loss_scale": name_of(options.loss_scale),
-            "mask_fn": name_of(self._masks),
-            "weight_sharing": self.weight_sharing,
-            "max_factor_size": self.max_factor_size,
-            "adapted_weights": self.adapted_weights,
-        }
-
-    def _check_same(self, restored: dict[str, Any]) -> None:
-        for name, choice in self._choices.items():
-            if restored[name] != choice:
-                raise MisconfigurationException(
-                    f"the checkpoint's statistics were taken with {name}={restored[name]!r}, and"
-                    f" this callback has {choice!r}: resume with the same choice"
-                )
-
-    def _digest(self, pl_module: pl.LightningModule) -> dict[str, str]:
-        """Of the weights that the statistics are of, as they are now."""
-        covered = {} if self._fit is None else self._fit.coverage.rows
-        found = {plain_name(name): p for name, p in pl_module.named_parameters()}
-        return digest({name: found[name] for name in covered if name in found})
+        """Of this process; a checkpoint that is saved gets that of all devices."""
+        return {} if self._fit is None else self._fit.state()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
 
     def _of_checkpoint(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Statistics | None:
-        """What belongs into its sidecar, on rank 0; its state becomes that of all ranks."""
+        """What goes beside it; None where it was saved before the fit began."""
         if self._fit is None:
-            return None  # stopped before the fit began
-        if self._ended is not None and self._digest(trainer.lightning_module) != self._ended:
-            rank_zero_warn(
-                "MaTSStatsCallback: no sidecar is written: since the fit that the statistics are of"
-                " the weights have changed (by a checkpoint that was loaded, or another fit with"
-                " this callback); save the checkpoint before"
-            )
             return None
-        everything: Accumulation | None
-        fit = self._fit
-        if self._batches is not None and (part := self._batches.partial) is not None:
-            self._note(
-                f"the checkpoint of step {trainer.global_step} was saved in the middle of a"
-                " backward pass: it is without the sums that a part of this batch had been added to"
-            )
-            fit = replace(fit, sums=dict(fit.sums))
-            fit.forget(part)
-        if incomplete := self._group is not None and self._interrupted:
-            self._note(
-                "a checkpoint was saved because of an exception, with several devices: it has no"
-                " sidecar, and a fit that resumes from it goes on without the sums before it"
-            )
-            everything = replace(fit, sums={}, examples=0.0)
-        else:
-            everything = fit.of_all_ranks(self._group)
-        if everything is None:
-            return None
-        self._note(*everything.notes)
-        if self.state_key in checkpoint.get("callbacks", {}):
-            checkpoint["callbacks"][self.state_key] = self._state(everything)
-        if incomplete:
-            return None
-        statistics, options = everything.statistics, self.batch_options
-        weights = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-        info = describe(
-            everything.coverage,
-            statistics,
-            weights,
-            loss_reduction="sum" if options.sampling else options.loss_reduction,
-            mask=self._masks,
-            mode="train",
-            kinds=list(self.kinds),
-            epochs=everything.epochs,
-            global_step=trainer.global_step,
-            every_n_batches=options.every_n_batches,
-            max_examples=options.max_examples,
-            skipped_batches=everything.skipped_batches,
-            notes=everything.notes,
-            **fisher_info(options.sampling),
-        )
-        return replace(statistics, info=info)
+        return self._fit.of_checkpoint(trainer, checkpoint, self.state_key)

@@ -347,7 +347,13 @@ def test_one_process_goes_on_from_the_sums_of_several(left: Path, tmp_path: Path
     both, second = MaTSStatsCallback(last_n_epochs=2), MaTSStatsCallback()
     for callback in (both, second):
         batches = halves(vectors(SIZES), 0)
-        fit(Module(MLP()), batches, tmp_path / str(callback.last_n_epochs), callback, **options)
+        fit(
+            Module(MLP()),
+            batches,
+            tmp_path / str(callback.options.last_n_epochs),
+            callback,
+            **options,
+        )
     assert before.examples == sum(SIZES) and second.statistics.examples == sum(SIZES[::RANKS])
     assert both.statistics.examples == before.examples + second.statistics.examples
     assert_close(both.statistics.tensors, (before + second.statistics).tensors, 1e-12)

@@ -65,8 +65,8 @@ def test_the_paper_s_settings_are_options(name: str, fast: bool) -> None:
             assert method.options["radius"] is None
     if options.adapter is not None:
         callback = train_tasks.statistics_callback(options)
-        assert callback.adapted_weights == (options.adapter == "lora")
-        assert ("kfac" in callback.kinds) == (options.adapter == "lora")
+        assert callback.options.adapted_weights == (options.adapter == "lora")
+        assert ("kfac" in callback.options.kinds) == (options.adapter == "lora")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from mats_lightning.statistics.digest import digest_of
 
 
 def soft_targets(
-    teacher: nn.Module, logits_fn: LogitsFn, kept: dict[bytes, Tensor] | None = None
+    teacher: nn.Module | Callable[[], nn.Module],
+    logits_fn: LogitsFn,
+    kept: dict[bytes, Tensor] | None = None,
 ) -> Callable[[nn.Module, Any], Tensor]:
     """(model, batch) -> - 1/N sum_n sum_r sum_y p_teacher(y) log p_model(y), a `loss_fn`.
 
@@ -25,7 +28,8 @@ def soft_targets(
     over examples, and a sum over positions.
 
     Arguments:
-        teacher: called in eval mode and without gradient, on the batches that the model gets.
+        teacher: called in eval mode and without gradient, on the batches that the model gets; or
+            what gives it when it is needed first.
         logits_fn: as in collect_statistics, of both: (N, C), or (N, R, C), where the positions
             count that collect_statistics draws labels at: those of the batch's mask (a Hugging
             Face batch's attention mask), unless it gives (logits, mask (N, R)).
@@ -35,18 +39,18 @@ def soft_targets(
     The loss raises ValueError where the two do not give logits of one shape, for a mask of
     another, and for logits of the model without gradient.
     """
-
-    mask_fn = default_masks(teacher)  # a look at each of its modules
+    made = cache(lambda: teacher if isinstance(teacher, nn.Module) else teacher())
+    masks_of = cache(default_masks)  # a look at each module of a model
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         key = None if kept is None else _content(batch)
         if kept is None or key is None or (target := kept.get(key)) is None:
-            with evaluating(teacher), torch.no_grad():
-                given = logits_fn(teacher, batch)
+            with evaluating(made()), torch.no_grad():
+                given = logits_fn(made(), batch)
             target = given[0] if isinstance(given, tuple) else given
             if kept is not None and key is not None and target.ndim == 2:
                 kept[key] = target
-        masks = Masks.of(mask_fn(batch))
+        masks = Masks.of(masks_of(model)(batch))
         logits, keep = logits_and_mask(logits_fn(model, batch), len(target), masks)
         if logits.shape != target.shape:
             raise ValueError(

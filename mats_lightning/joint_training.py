@@ -34,8 +34,9 @@ def train_together(
 ) -> dict[str, Tensor]:
     """The shared parameters, trained for all tasks, and all heads with them.
 
-    AdamW without weight decay; the learning rate rises over the first tenth of the steps and falls
-    to 0 over the others. Each step is a batch of one task, in a random order over all batches of an
+    AdamW without weight decay; the learning rate is `learning_rate` times the smaller of two lines,
+    from 0 to 1 in the first tenth of the steps and from 1 to 0 over all of them; so .91 of it is
+    the highest. Each step is a batch of one task, in a random order over all batches of an
     epoch, which come in the same order in each. The modules run in eval mode, and are afterwards
     what they were before.
 

@@ -64,14 +64,15 @@ class Merged:
         """The state dict of one task's model: merged parameters, and its own head."""
         if task not in self._tasks:
             raise ValueError(f"no task is named '{task}'; there are {', '.join(self._tasks)}")
-        state = dict(self._tasks[task].weights)
+        own, put = self._tasks[task], dict[str, Tensor]()  # instead of the checkpoint's
         if self._unmerged is not None:
-            own = self._tasks[task]
-            state |= {name: self._unmerged[name] for name in state if not own.owns(name)}
+            put |= {name: self._unmerged[name] for name in own.weights if not own.owns(name)}
         for name, part in self._parts.items():
             if name in self._states and task in part.tasks:
-                state |= self._states[name][self.in_use].state_dict
-        return state | self._heads.get(task, {})
+                put |= self._states[name][self.in_use].state_dict
+        put |= self._heads.get(task, {})
+        assert put.keys() <= set(own.weights)
+        return {name: put[name] if name in put else own.weights[name] for name in own.weights}
 
     def adapter_of(self, task: str) -> Lora | None:
         """The LoRA adapter of one task's model, where its checkpoint is one, with what is merged.

@@ -74,8 +74,9 @@ def refresh(
         loss_fn: (task's module, batch) -> loss, a mean over examples, with labels="data"; by
             default the loss of its training_step.
         loaders: task -> batches, as they come, for tasks whose data is no LightningDataModule:
-            heads are fitted to all of them, statistics stop at `rows`. By default it is the first
-            `rows` of the data module's training rows in an order that depends on `seed` alone.
+            heads are fitted to all of them and all are trained on, so they must come again each
+            time; statistics stop at `rows`. By default it is the first `rows` of the data module's
+            training rows in an order that depends on `seed` alone.
         statistics_options: of collect_statistics, with by="solving": what the callback was given
             when the tasks were fine-tuned, mask_fn, loss_reduction (with labels="data"),
             batch_size_fn, max_factor_size, weight_sharing or adapted_weights.

@@ -39,7 +39,7 @@ class RefreshPlan:
             is tried. () leaves heads as they are.
         rows: of each task, the same in every round.
         epochs: of the training, over the rows.
-        learning_rate: of the training, at its highest.
+        learning_rate: of the training (`train_together` says what becomes of it).
         mix: what is solved (`merging.refresh_step`): 0 is the merge's equation, 1 a
             natural-gradient step. With mix > 0 take fisher="sampled", and a damping (0.01, say):
             the gradient of few rows has noise where they have no curvature.

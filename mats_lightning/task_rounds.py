@@ -2,11 +2,10 @@
 
 import copy
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import track
 from torch import Tensor, nn
 
-from mats_lightning.batches import first_rows, rows_to_pick
+from mats_lightning.batches import count_examples, first_rows, rows_to_pick
 from mats_lightning.distillation import soft_targets
 from mats_lightning.heads import fit_head
 from mats_lightning.joint_training import train_together
@@ -83,7 +82,8 @@ class TaskRounds:
             loss_fn, teacher = self.loss_fn, None
             trained = map(plain_name, dict(task.module.named_parameters()))
             if self.plan.labels == "teacher":
-                loss_fn, teacher = self._teacher(task)
+                teacher = self._teacher(task)
+                loss_fn = self._soft_targets(task, teacher)
             with self._on_device(task):
                 found = fit_head(
                     task.module,
@@ -102,9 +102,6 @@ class TaskRounds:
     def trained(self, state: State, kept: Collection[str]) -> State:
         """The shared parameters after training from here, heads along where the plan fits them."""
         tasks = self.module.tasks
-        loss_fns: dict[str, LossFn | None] = dict.fromkeys(tasks, self.loss_fn)
-        if self.plan.labels == "teacher":
-            loss_fns = {name: self._teacher(task)[0] for name, task in tasks.items()}
         with ExitStack() as stack:
             for task in tasks.values():
                 stack.enter_context(self._with_hooks(task))
@@ -113,7 +110,7 @@ class TaskRounds:
                 state,
                 self._rows,
                 heads=self.module.own_heads() if self.plan.heads else {},
-                loss_fns=loss_fns,
+                loss_fns={name: self._loss_fn(task) for name, task in tasks.items()},
                 weights=self.module.task_weights,
                 epochs=self.plan.epochs,
                 learning_rate=self.plan.learning_rate,
@@ -124,20 +121,30 @@ class TaskRounds:
             )
 
     def losses(self) -> dict[str, float]:
-        """task -> the mean over its validation batches of the loss to the plan's labels.
+        """task -> the mean over its validation rows of the loss to the plan's labels.
 
-        Raises ValueError for a loss that is no scalar.
+        Raises ValueError for a loss that is no scalar, and batches whose rows cannot be counted.
         """
         found = {}
         for name, task in self.module.tasks.items():
-            loss_fn = self._teacher(task)[0] if self.plan.labels == "teacher" else self.loss_fn
-            losses = []
+            loss_fn, total, rows = self._loss_fn(task), 0.0, 0
             with self._on_device(task), evaluating(task.module), torch.no_grad():
                 for index, batch in enumerate(islice(self._validation[name], self.validated(name))):
                     moved = to_device(task.module, batch, self.device)
-                    losses.append(value_of_loss(task.module, moved, index, loss_fn).item())
-            found[name] = mean(losses)
+                    loss = value_of_loss(task.module, moved, index, loss_fn)
+                    size = self._rows_in(moved, name)
+                    total, rows = total + loss.item() * size, rows + size
+            found[name] = total / rows
         return found
+
+    def _rows_in(self, batch: Any, task: str) -> int:
+        try:
+            return count_examples(batch, self.statistics_options.get("batch_size_fn"))
+        except ValueError as error:
+            raise ValueError(
+                f"validation batches of task '{task}': {error}, in statistics_options with"
+                " by='solving'; or let scores judge, RefreshPlan(judge='score')"
+            ) from error
 
     def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
         """Of all tasks at these weights, for this round: those in the folder, or taken now."""
@@ -164,16 +171,22 @@ class TaskRounds:
         task.module.to(self.device)  # the trainer leaves it on the CPU
         return self.module.scores[task.name]
 
-    def _teacher(self, task: Task) -> tuple[LossFn, nn.Module]:
-        """The task's own model, on the device, and the loss that it gives.
+    def _loss_fn(self, task: Task) -> LossFn | None:
+        """To the labels of the plan; a teacher is made for batches that are new alone."""
+        if self.plan.labels == "data":
+            return self.loss_fn
+        return self._soft_targets(task, partial(self._teacher, task))
 
-        Before the module has the data module's hooks: a copy of these would copy the data.
-        """
+    def _soft_targets(self, task: Task, teacher: nn.Module | Callable[[], nn.Module]) -> LossFn:
         assert self.logits_fn is not None
-        teacher = copy.deepcopy(task.module)
+        return soft_targets(teacher, self.logits_fn, self._targets[task.name])
+
+    def _teacher(self, task: Task) -> nn.Module:
+        """The task's own model, on the device."""
+        shared = (self.trainer, task.data)  # that hooks of the module hold, and nobody copies
+        teacher = copy.deepcopy(task.module, {id(part): part for part in shared})
         load_state(teacher, task.weights, lora_of(task))  # a merge may have changed its form
-        teacher.to(self.device)
-        return soft_targets(teacher, self.logits_fn, self._targets[task.name]), teacher
+        return teacher.to(self.device)
 
     def _collected(self, task: Task, state: State) -> Statistics:
         plan = self.plan
@@ -181,8 +194,7 @@ class TaskRounds:
         if plan.fisher == "sampled":
             options |= {"fisher": "sampled", "logits_fn": self.logits_fn, "seed": plan.seed}
         if plan.mix > 0 or plan.fisher == "empirical":  # sampled curvature has a loss of its own
-            teaches = plan.labels == "teacher"
-            options["loss_fn"] = self._teacher(task)[0] if teaches else self.loss_fn
+            options["loss_fn"] = self._loss_fn(task)
         with self._on_device(task):
             return statistics_at(
                 task.module,

@@ -1,10 +1,12 @@
 """Training of what tasks share: against a model that really shares it, and what it leaves alone."""
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from mats_lightning import RefreshPlan, refresh
+from mats_lightning import RefreshPlan, Task, refresh
 from mats_lightning.joint_training import train_together
 from mats_lightning.task_rounds import TaskRounds
 
@@ -360,12 +362,40 @@ def test_heads_are_fitted_to_what_was_trained(suite: Suite) -> None:
     assert rounds[1].average >= rounds[0].average
 
 
+def test_own_models_are_made_one_at_a_time(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at all for batches that they have seen."""
+    made: WeakSet[Any] = WeakSet()
+    at_once, together = [], []
+    before, train = TaskRounds._teacher, train_together
+
+    def teacher(self: TaskRounds, task: Task) -> nn.Module:
+        found = before(self, task)
+        made.add(found)
+        gc.collect()
+        at_once.append(len(made))
+        return found
+
+    def trained(*args: Any, **options: Any) -> Any:
+        count = len(at_once)
+        result = train(*args, **options)
+        together.append(len(at_once) - count)
+        return result
+
+    monkeypatch.setattr(TaskRounds, "_teacher", teacher)
+    monkeypatch.setattr("mats_lightning.task_rounds.train_together", trained)
+    plan = RefreshPlan(rounds=2, heads=(1, 2), rows=48)
+    refresh(merged(suite), plan, trainer=make_trainer(), logits_fn=logits_of, progress=False)
+    assert max(at_once) == 1 and together == [0, 0]
+
+
 # -- losses that judge -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labels", ["data", "teacher"])
 @pytest.mark.parametrize("limit", [None, 1, 0.5])
-def test_losses_are_of_validation_batches(suite: Suite, labels: str, limit: float | None) -> None:
+def test_losses_are_of_validation_rows(suite: Suite, labels: str, limit: float | None) -> None:
+    """Each counts once: those of a last batch, which is smaller, too."""
+    size = 8
     module = merged(suite)
     options: dict[str, Any] = {"labels": labels, "epochs": 3, "learning_rate": 0.01}
     plan = RefreshPlan(heads=(), **options)
@@ -373,18 +403,15 @@ def test_losses_are_of_validation_batches(suite: Suite, labels: str, limit: floa
     rounds = refresh(module, plan, trainer=trainer, logits_fn=logits_of, progress=False)
     assert rounds[1].taken
     for task in module.tasks.values():
-        parts = [part.split(8) for part in rows(task.name, "validate").tensors]
-        batches = list(zip(*parts, strict=True))
-        assert len(batches) > 1
-        count = {None: len(batches), 1: 1, 0.5: len(batches) // 2}[limit]
+        x, y = rows(task.name, "validate").tensors
+        assert size < len(x) < 2 * size  # two batches
+        count = {None: len(x), 1: size, 0.5: size}[limit]
+        x, y = x[:count], y[:count]
         teacher = copy.deepcopy(task.module)
         teacher.load_state_dict(torch.load(suite.checkpoint(task.name))["state_dict"])
-        losses = []
-        for x, y in batches[:count]:
-            with torch.no_grad():
-                target = teacher.eval()(x).softmax(-1) if labels == "teacher" else y
-                losses.append(F.cross_entropy(module.model(task.name).eval()(x), target))
-        wanted = float(torch.stack(losses).mean())
+        with torch.no_grad():
+            target = teacher.eval()(x).softmax(-1) if labels == "teacher" else y
+            wanted = float(F.cross_entropy(module.model(task.name).eval()(x), target))
         assert rounds[1].losses[task.name] == pytest.approx(wanted, rel=1e-5), task.name
 
 

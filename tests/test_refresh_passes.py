@@ -248,6 +248,22 @@ def test_rows_are_asked_for_once(suite: Suite, monkeypatch: pytest.MonkeyPatch) 
     assert Splitting.calls <= len(CLASSES) * (2 + 7)
 
 
+class Hooked(TrainingData):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("the data was copied")
+
+
+def test_a_tasks_own_model_does_not_copy_its_data(suite: Suite) -> None:
+    """Which the module's hooks lead to, where they are those of its data module."""
+    module = merge_of(suite, Classifier, Hooked)
+    plan = RefreshPlan(heads=(), rows=48)
+    (_, done) = refresh(module, plan, trainer=make_trainer(), logits_fn=logits_of, progress=False)
+    assert done.tried
+
+
 # -- losses that judge ---------------------------------------------------------------------------
 
 

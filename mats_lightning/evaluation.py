@@ -174,7 +174,8 @@ class TaskEvaluation(pl.LightningModule):
                 theirs = [k.removeprefix(f"{name}/") for k in logged if k.startswith(f"{name}/")]
                 raise ValueError(
                     f"task '{name}' did not log its primary metric '{task.metric}'; it logged"
-                    f" {', '.join(theirs) or 'nothing'}; say which in Task(metric=...)"
+                    f" {', '.join(theirs) or 'nothing'}; say which in Task(metric=...), or see that"
+                    " its loader gives batches"
                 )
             scores[name] = float(logged[key])
         self.scores = scores

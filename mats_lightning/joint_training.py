@@ -50,32 +50,19 @@ def train_together(
         device: where it is done; the modules may be elsewhere.
         kept: names of shared parameters that do not train; of tied ones, any name.
 
-    Raises ValueError for tasks without a batch, nothing that trains, 16-bit parameters, in which
-    small steps are lost, and a loss that is not finite.
+    Raises ValueError for tasks without a batch, nothing shared that trains, 16-bit parameters, in
+    which small steps are lost, and a loss that is not finite.
     """
     modules = {task: module for task, module in modules.items() if weights[task]}
-    if half := [name for name, tensor in shared.items() if tensor.dtype in HALF]:
-        raise ValueError(
-            f"'{half[0]}' is in {shared[half[0]].dtype}, in which small steps are lost: convert the"
-            " tasks' modules with module.float() to train them"
-        )
+    trained = which_train(modules.values(), shared, kept)
     sized: dict[str, Any] = {
         task: list(batches[task]) if sized_len(batches[task]) is None else batches[task]
         for task in modules
     }
     if empty := [task for task, own in sized.items() if not len(own)]:
         raise ValueError(f"no rows to train on: the batches of task '{empty[0]}' are empty")
-    tied = {other: first for m in modules.values() for other, first in tied_names(m).items()}
-    stay = {tied.get(name, name) for name in kept}
-    trained = {
-        name
-        for module in modules.values()
-        for name, parameter in _parameters(module)
-        if parameter.requires_grad and name not in stay
-    }
-    start = {
-        name: shared[name].detach().to(device, copy=True) for name in shared if name in trained
-    }
+    tied = _tied(modules.values())
+    start = {name: shared[name].detach().to(device, copy=True) for name in trained}
     with ExitStack() as stack:
         own: dict[str, dict[str, nn.Parameter]] = {}
         for task, module in modules.items():
@@ -87,12 +74,6 @@ def train_together(
             for name, p in own[task].items()
             if name not in start
         }
-        if not parameters:
-            raise ValueError(
-                "nothing trains: all shared parameters are frozen or kept, and no head trains"
-                " along; call requires_grad_() on what is to (peft loads adapters frozen, unless"
-                " with is_trainable=True)"
-            )
         fused = device.type in ("cpu", "cuda")  # a fifth of the time there
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=learning_rate, weight_decay=0.0, fused=fused
@@ -105,7 +86,10 @@ def train_together(
             track(order, "training together", total=steps, disable=not progress, transient=True)
         ):
             module, values = modules[task], own[task]
-            loss = loss_of(module, to_device(module, batch, device), index, loss_fns[task])
+            try:
+                loss = loss_of(module, to_device(module, batch, device), index, loss_fns[task])
+            except ValueError as error:
+                raise ValueError(f"task '{task}', in training: {error}") from error
             found = torch.autograd.grad(
                 loss * (weights[task] / mean), list(values.values()), allow_unused=True
             )
@@ -121,6 +105,36 @@ def train_together(
     result = {name: tensor.to(shared[name].device) for name, tensor in start.items()}
     result |= {o: result[n] for o, n in tied.items() if o in shared and n in result}
     return {**shared, **result}
+
+
+def which_train(
+    modules: Collection[nn.Module], shared: Mapping[str, Tensor], kept: Collection[str]
+) -> list[str]:
+    """The shared parameters that do, one name of tied ones. Raises ValueError as above."""
+    if half := [name for name, tensor in shared.items() if tensor.dtype in HALF]:
+        raise ValueError(
+            f"'{half[0]}' is in {shared[half[0]].dtype}, in which small steps are lost: convert the"
+            " tasks' modules with module.float() to train them"
+        )
+    tied = _tied(modules)
+    stay = {tied.get(name, name) for name in kept}
+    found = {
+        name
+        for module in modules
+        for name, parameter in _parameters(module)
+        if parameter.requires_grad and name not in stay
+    }
+    if found.isdisjoint(shared):
+        raise ValueError(
+            "nothing trains of what the tasks share: all of it is frozen or kept; call"
+            " requires_grad_() on what is to train (peft loads adapters frozen, unless with"
+            " is_trainable=True), or fit heads alone, RefreshPlan(rounds=0)"
+        )
+    return [name for name in shared if name in found]
+
+
+def _tied(modules: Iterable[nn.Module]) -> dict[str, str]:
+    return {other: first for module in modules for other, first in tied_names(module).items()}
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

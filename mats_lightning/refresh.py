@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from mats_lightning.joint_training import which_train
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
@@ -130,6 +131,10 @@ class _Refresh:
                 " merged alone pass heads=(), rounds=1"
             )
         self.kept = names_with(plan.kept, list(self.state), "kept")
+        if plan.rounds and plan.by == "training":
+            weights = module.task_weights
+            taught = [task.module for name, task in module.tasks.items() if weights[name]]
+            which_train(taught, self.state, self.kept)  # says now what it cannot do
         self.folder = Folder(Path(folder))
         self.about_tasks = self._about_tasks()
         done = self.folder.history(asdict(plan), self.about_tasks, self.state)
@@ -176,7 +181,7 @@ class _Refresh:
         rounds = self.rounds
         if rounds:
             kept = last_kept(rounds)
-            self.state, self.heads = self.folder.state(kept), self.folder.heads(kept)
+            self.state, self.heads = self.folder.state(kept), self.folder.heads(rounds[kept])
             if kept:
                 self.evidence = MergeResult({})  # of an earlier process
             self._put(rounds)

@@ -1,7 +1,8 @@
 """The plan of a refresh, and what goes with it."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -53,8 +54,9 @@ class RefreshPlan:
         kept: regular expressions for names of parameters that stay as they are.
         fisher: of the curvature: "empirical" or "sampled".
         labels: that heads are fitted to, of the training, the gradient and the empirical Fisher:
-            what the task's own model predicts ("teacher", which needs `logits_fn` and no labels;
-            see `distillation.soft_targets`), or those of the "data".
+            what the task's own model predicts ("teacher", which needs `logits_fn` and no labels,
+            and classes, of which a row has one; see `distillation.soft_targets`), or those of the
+            "data".
         decay: what the sums of the rounds before count beside a round's own: averages the
             curvature, not the gradient.
         tries: steps that a round tries, each half of the one before, until validation is no worse
@@ -91,8 +93,11 @@ class RefreshPlan:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "rows", "iterations", "tries", "epochs"):
-            if getattr(self, name) < (lowest := int(name != "rounds")):
-                raise ValueError(f"{name}={getattr(self, name)}; it must be {lowest} or more")
+            number, lowest = getattr(self, name), int(name != "rounds")
+            if not isinstance(number, Integral) or number < lowest:
+                raise ValueError(f"{name}={number}; it must be a whole number, {lowest} or more")
+        if isinstance(self.heads, int):
+            raise ValueError(f"heads={self.heads}; it must be a tuple, ({self.heads},)")
         if not self.rounds and not self.heads:
             raise ValueError("rounds=0 and heads=(): there is nothing to do")
         if any(count < 1 for count in self.heads):
@@ -163,3 +168,8 @@ def check_arguments(
     if unknown := sorted(set(loaders) - set(tasks)):
         known = ", ".join(tasks)
         raise ValueError(f"loaders: '{unknown[0]}' is no task; the tasks are {known}")
+    if once := [task for task, batches in loaders.items() if isinstance(batches, Iterator)]:
+        raise ValueError(
+            f"loaders: the batches of '{once[0]}' can be read once, and a refresh reads them more"
+            " often: give a list or a DataLoader"
+        )

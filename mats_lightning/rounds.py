@@ -16,7 +16,6 @@ from mats_lightning.checkpoints import load_weights
 from mats_lightning.files import write_text
 from mats_lightning.measuring import save_state
 from mats_lightning.merging.models import Weights
-from mats_lightning.refresh_plan import RefreshPlan
 from mats_lightning.sidecar import SUFFIX
 
 State = dict[str, Tensor]
@@ -91,11 +90,10 @@ class Folder:
         known = self._known()
         if known is None:
             return []
-        before = _as_kept(asdict(RefreshPlan())) | known.plan  # of a version with fewer fields
         for name, value in _as_kept(plan).items():
-            if name != "rounds" and before[name] != value:
+            if name != "rounds" and (then := known.plan.get(name)) != value:
                 raise ValueError(
-                    f"{self.path} holds a refresh with {name}={before[name]!r}, and this one has"
+                    f"{self.path} holds a refresh with {name}={then!r}, and this one has"
                     f" {value!r}: give the same plan to go on, or another folder"
                 )
         of_tasks = _as_kept(tasks)
@@ -165,13 +163,23 @@ class Folder:
         """The merged weights after this round, which was taken or is 0."""
         return dict(load_weights(self.weights(number)))
 
-    def heads(self, number: int) -> dict[str, State]:
-        """task -> its fitted head after this round; none where the plan fits none."""
+    def heads(self, kept: Round) -> dict[str, State]:
+        """task -> its fitted head after this round; none where the plan fits none.
+
+        Raises ValueError where the file of a head that was fitted is gone.
+        """
         found: dict[str, State] = {}
-        if self.fitted_heads(number).exists():
-            for key, tensor in load_weights(self.fitted_heads(number)).items():
-                task, _, name = key.partition("/")
-                found.setdefault(unquote(task), {})[name] = tensor
+        if not kept.heads:
+            return found
+        path = self.fitted_heads(kept.number)
+        if not path.exists():
+            raise ValueError(
+                f"{path} is gone, which holds the fitted heads of {', '.join(kept.heads)}: copy the"
+                " whole folder, or give another one to begin again"
+            )
+        for key, tensor in load_weights(path).items():
+            task, _, name = key.partition("/")
+            found.setdefault(unquote(task), {})[name] = tensor
         return found
 
     def sidecar(self, number: int, task: str) -> Path:

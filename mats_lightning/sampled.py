@@ -163,8 +163,8 @@ def logits_and_mask(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Te
     """What a `logits_fn` gave, checked: the logits, and which of their positions count.
 
     The mask is bool, (N, R) of logits (N, R, C), and None where all count. Raises ValueError for
-    logits of another shape, or without gradient where there are gradients, and for a mask that does
-    not fit them.
+    logits of another shape or of one class, or without gradient where there are gradients, and for
+    a mask that does not fit them.
     """
     logits, keep = given if isinstance(given, tuple) else (given, None)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -172,6 +172,12 @@ def logits_and_mask(given: Any, examples: int, masks: Masks) -> tuple[Tensor, Te
         raise ValueError(
             f"logits_fn gives {shape} for a batch of {examples} examples; it must give a tensor"
             f" ({examples}, classes), or ({examples}, positions, classes)"
+        )
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits_fn gives {shape}, and one class alone always has probability 1: for one logit"
+            " z of two classes give torch.stack([torch.zeros_like(z), z], -1); a"
+            " regression needs fisher='empirical' and labels='data'"
         )
     if torch.is_grad_enabled() and not logits.requires_grad:
         raise ValueError(

@@ -132,18 +132,19 @@ class TaskRounds:
                 for index, batch in enumerate(islice(self._validation[name], self.validated(name))):
                     moved = to_device(task.module, batch, self.device)
                     loss = value_of_loss(task.module, moved, index, loss_fn)
-                    size = self._rows_in(moved, name)
+                    size = self._rows_in(moved)
                     total, rows = total + loss.item() * size, rows + size
             found[name] = total / rows
         return found
 
-    def _rows_in(self, batch: Any, task: str) -> int:
+    def _rows_in(self, batch: Any) -> int:
+        """Of a validation batch."""
         try:
             return count_examples(batch, self.statistics_options.get("batch_size_fn"))
         except ValueError as error:
             raise ValueError(
-                f"validation batches of task '{task}': {error}, in statistics_options with"
-                " by='solving'; or let scores judge, RefreshPlan(judge='score')"
+                f"{error}, in statistics_options with by='solving'; or let scores judge,"
+                " RefreshPlan(judge='score')"
             ) from error
 
     def statistics(self, number: int, state: State, folder: Folder) -> list[Statistics]:
@@ -226,11 +227,13 @@ class TaskRounds:
 
     @contextmanager
     def _on_device(self, task: Task) -> Iterator[None]:
-        """The task's module, which the trainer leaves on the CPU."""
+        """The task's module, which the trainer leaves on the CPU; errors say whose it is."""
         with self._with_hooks(task):
             task.module.to(self.device)
             try:
                 yield
+            except ValueError as error:
+                raise ValueError(f"task '{task.name}': {error}") from error
             finally:
                 task.module.cpu()
 

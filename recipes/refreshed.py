@@ -59,7 +59,7 @@ def tested(
         if not (done.number or done.heads or merge is None):
             scores = dict(merge)
         elif done.taken or not found:
-            put(module, folder, done.number, shared=len(rounds) > 1)
+            put(module, folder, done, shared=len(rounds) > 1)
             scores = evaluate(module, bench.trainer.test)
         found.append(Tested(done, sum(map(seconds_of, rounds[: done.number + 1])), scores))
     return found
@@ -70,13 +70,13 @@ def seconds_of(done: Round) -> float:
     return sum(taken for part, taken in done.seconds.items() if part != "validation")
 
 
-def put(module: MergeModule, folder: Path, number: int, shared: bool) -> None:
-    """The heads after this round into the module, and what is `shared`, which rounds change."""
+def put(module: MergeModule, folder: Path, done: Round, shared: bool) -> None:
+    """The heads after a round that was taken, and what is `shared`, if rounds change it."""
     kept = Folder(folder)
     if shared:
-        module.replace_shared(MergeResult(kept.state(number)), {"rounds": number})
-    if heads := kept.heads(number):
-        module.replace_heads(heads, {"rounds": number})
+        module.replace_shared(MergeResult(kept.state(done.number)), {"rounds": done.number})
+    if heads := kept.heads(done):
+        module.replace_heads(heads, {"rounds": done.number})
 
 
 class Before:

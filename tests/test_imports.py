@@ -129,7 +129,6 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "measuring",
         "merging",
-        "refresh_plan",
         "sidecar",
         "statistics",
     },
@@ -152,6 +151,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
     },
     "refresh": {
+        "joint_training",
         "merging",
         "module",
         "names",

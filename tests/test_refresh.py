@@ -319,6 +319,15 @@ def test_a_merge_that_differs_by_rounding_goes_on_with_what_is_kept(
         refreshed(module, rows=20, folder=tmp_path)
 
 
+def test_a_folder_without_its_heads_is_refused(suite: Suite, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"heads": (1, 10), "rows": 20, "folder": tmp_path, "rounds": 0}
+    (done,) = refreshed(merged(suite, "log", "dict"), **options)
+    assert done.heads
+    (tmp_path / "heads-0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"heads-0\.safetensors is gone, .* heads of log, dict"):
+        refreshed(merged(suite, "log", "dict"), **options)
+
+
 @pytest.mark.parametrize("lost", ["tasks", "rounds", "scores", "everything"])
 def test_a_history_of_another_version_is_refused(tmp_path: Path, lost: str) -> None:
     plan, tasks, state = {"rows": 20}, {"log": {"metric": "accuracy"}}, {"w": torch.ones(2)}
@@ -490,6 +499,8 @@ def test_the_card_says_what_was_done(suite: Suite, monkeypatch: pytest.MonkeyPat
     [
         ({"rounds": 0, "heads": ()}, "rounds=0 and heads=\\(\\): there is nothing to do"),
         ({"rows": 0}, "rows=0"),
+        ({"rows": 32.5}, "rows=32.5; it must be a whole number, 1 or more"),
+        ({"heads": 5}, r"heads=5; it must be a tuple, \(5,\)"),
         ({"tries": 0}, "tries=0"),
         ({"mix": 1.1}, "mix=1.1; it lies between 0 and 1"),
         ({"decay": -0.1}, "decay=-0.1; it lies"),
@@ -527,6 +538,8 @@ def test_what_a_refresh_cannot_do(suite: Suite, untouched: MergeModule) -> None:
         refreshed(untouched, fisher="sampled")
     with pytest.raises(ValueError, match="loaders: 'other' is no task; the tasks are log, dict"):
         refreshed(untouched, loaders={"other": []})
+    with pytest.raises(ValueError, match="loaders: the batches of 'log' can be read once"):
+        refreshed(untouched, loaders={"log": iter([])})
     with pytest.raises(ValueError, match="by='training' takes no statistics: leave them out"):
         refreshed(untouched, by="training", statistics_options={"mask_fn": len})
     with pytest.raises(ValueError, match="statistics_options: 'seed' is none of mask_fn, loss_re"):
@@ -562,7 +575,30 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
     plain = suite.task("dict", data=DataLoader(rows("dict", "validate"), batch_size=8))
     with pytest.raises(ValueError, match="task 'dict' has a DataLoader for test and validation"):
         refreshed(MergeModule([suite.task("log", data=TrainingData("log")), plain], "average"))
+    for change, message in (
+        (lambda net: net.body.requires_grad_(False), "nothing trains of what the tasks share"),
+        (lambda net: net.bfloat16(), "is in torch.bfloat16, in which small steps are lost"),
+    ):
+        made = merged(suite, "log", "dict")
+        for task in made.tasks.values():
+            change(task.module)
+        with pytest.raises(ValueError, match=message):
+            refreshed(made, by="training")
     assert not seen
+
+
+def test_a_teacher_of_one_class_is_refused(suite: Suite) -> None:
+    """Its softmax is 1 whatever the weights are, so nothing would be learnt or judged."""
+    made = merged(suite, "log", "dict")
+    plan = RefreshPlan(heads=(), rows=20)
+    with pytest.raises(ValueError, match=r"task 'log'.*\(\d+, 1\), and one class alone"):
+        refresh(
+            made,
+            plan,
+            trainer=make_trainer(),
+            logits_fn=lambda module, batch: module(batch[0])[:, :1],
+            progress=False,
+        )
 
 
 def test_products_of_adapters_are_not_refreshed(tmp_path: Path) -> None:

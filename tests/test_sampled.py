@@ -336,6 +336,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"fisher": "sampled", "logits_fn": lambda model, batch: logits_of(model, batch)[:3]},
         r"logits_fn gives \(3, 3\) for a batch of 4 examples",
     ),
+    "one class": (
+        {"fisher": "sampled", "logits_fn": lambda model, batch: logits_of(model, batch)[:, :1]},
+        r"gives \(4, 1\), and one class alone always has probability 1: .* torch\.stack",
+    ),
     "an output": (
         {"fisher": "sampled", "logits_fn": lambda model, batch: {"logits": 0}},
         "logits_fn gives dict for a batch of 4 examples",

@@ -83,7 +83,7 @@ class Opened:
     """A merge on the bench: it is merged when one of its cells is missing, and not before."""
 
     def __init__(self, bench: Bench, merge: Merge, label: str) -> None:
-        self._bench, self._merge, self._label = bench, merge, label
+        self._bench, self.merge, self._label = bench, merge, label
         self._module: MergeModule | None = None
         self._seconds = 0.0
 
@@ -91,10 +91,10 @@ class Opened:
         """Merged now, if it is not yet; with a `count` to the state after it alone."""
         if self._module is None:
             if count is not None:
-                self._merge = replace(self._merge, counts=(count,))
-            if self._merge.statistics is not None:
+                self.merge = replace(self.merge, counts=(count,))
+            if self.merge.statistics is not None:
                 self._bench.steps.show(f"{self._label}: statistics")
-            self._module = self._bench.module(self._merge)
+            self._module = self._bench.module(self.merge)
             device = self._bench.trainer.strategy.root_device
             what = f"{self._label}: merge"
             _, self._seconds = self._bench.steps.run(what, self._module.merge, device, False)
@@ -108,7 +108,7 @@ class Opened:
     def cell(self, count: int, split: str, alone: bool = False) -> Cell:
         """From disk or measured now; `alone`: a merge that it needs stops at this count."""
         bench = self._bench
-        found = bench.cells.find(self._merge, count, split)
+        found = bench.cells.find(self.merge, count, split)
         if found is not None:
             return found
         module = self.module(count if alone else None)
@@ -122,11 +122,11 @@ class Opened:
             scores,
             seconds,
             self._seconds,
-            max(self._merge.counts),
+            max(self.merge.counts),
             median(curve[-1] for curve in curves.values()) if curves else None,
             {n: _short(curve) for n, curve in curves.items()},
         )
-        bench.cells.keep(self._merge.key(count, split), cell)
+        bench.cells.keep(self.merge.key(count, split), cell)
         return cell
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from bench import Bench, Opened
@@ -13,15 +14,13 @@ from paper_seeds import Seed
 from paper_settings import Refresh, Setting
 from paper_tables import chosen_point
 from refresh_rivals import Start, train_rival
-from refreshed import Before, run_plan, tested, with_kept
+from refreshed import Before, folder_of_rounds, key_of, run_plan, tested, with_kept
 from steps import Steps
-from train_tasks import folder_of
 
 from mats_lightning import MergeModule, RefreshPlan
 
 RIVALS = ("together", "from the merge")
 SPLITS = ("validation", "test")
-FITTING = ("heads", "rows", "labels", "seed")  # fields of a plan that decide its round 0
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,7 @@ class Line:
         """Of the cell after this round."""
         if self.point is None:
             return None
-        merge, count = self.point
-        plan = {name: value for name, value in asdict(self.plan).items() if name != "rounds"}
-        if not number:  # before any step
-            plan = {name: plan[name] for name in FITTING} if self.plan.heads else {}
-        return {**merge.key(count, split), "plan": plan, "round": number}
+        return key_of(*self.point, self.plan, number, split)
 
 
 @dataclass(frozen=True)
@@ -216,9 +211,9 @@ class RefreshTable:
 
     def _measure(self, bench: Bench, module: MergeModule, line: Line) -> float:
         """All rounds, kept as cells; the average on test after the last."""
-        folder = folder_of(self.seed.options.output_dir / "refresh", "rounds", self._settings(line))
-        rounds = run_plan(bench, module, line.plan, folder, progress=False)
         assert line.point is not None
+        folder = self._folder(line.point, line.plan)
+        rounds = run_plan(bench, module, line.plan, folder, progress=False)
         merge = self.seed.cells.find(*line.point, "test")
         states = tested(bench, module, rounds, folder, None if merge is None else merge.scores)
         for number in range(line.plan.rounds + 1):
@@ -234,9 +229,10 @@ class RefreshTable:
         assert key is not None
         self.seed.cells.keep(key, Cell(scores, 0.0, merge_seconds=seconds))
 
-    def _settings(self, line: Line) -> dict[str, Any]:
-        """What decides a line's rounds: its key, and the fine-tunes and rows of its seed."""
-        return {**self.seed.cells.about, **(line.key(1, "") or {})}
+    def _folder(self, point: tuple[Merge, int], plan: RefreshPlan) -> Path:
+        """Of a line's rounds."""
+        parent = self.seed.options.output_dir / "refresh"
+        return folder_of_rounds(parent, self.seed.cells, *point, plan)
 
     def _run_rival(self, bench: Bench, label: str) -> None:
         plan, steps = self._plan_of_rivals(), bench.steps
@@ -261,8 +257,8 @@ class RefreshTable:
             for number in range(line.plan.rounds + 1):
                 keys = [line.key(number, split) for split in SPLITS]
                 self.seed.cells.forget(key for key in keys if key is not None)
-            folder = self.seed.options.output_dir / "refresh"
-            shutil.rmtree(folder_of(folder, "rounds", self._settings(line)), ignore_errors=True)
+            if line.point is not None:
+                shutil.rmtree(self._folder(line.point, line.plan), ignore_errors=True)
         for label in self.rivals:
             for one in self.trainings(label):
                 plan = self._plan_of_rivals()

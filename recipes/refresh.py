@@ -12,9 +12,9 @@
     python recipes/refresh.py --rivals --rival_rates "[1e-5, 1e-4]"
 
 It takes the options of merge.py, and its fine-tunes where they are there. The merge is the row of
-`methods` that `--method` names, with the settings that merge.py has chosen, or else they are chosen
-now, on the validation rows. Rounds are kept or taken back by the validation rows too; the table is
-on the test rows, which nothing looks at before.
+`methods` that `--method` names; its settings are chosen on the validation rows, and what merge.py
+has measured of it in cells/ is not measured again. Rounds are kept or taken back by the validation
+rows too; the table is on the test rows, which nothing looks at before.
 
     <output_dir>/refresh/results.md, results.csv, results.json, seconds.png
                          rounds-2c81f0aa/                        as mats_lightning.rounds says
@@ -23,24 +23,21 @@ An interrupted refresh goes on where it was; `--again` chooses the settings, mer
 anew, on the fine-tunes that are there.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 from bench import Bench, evaluate
 from cells import Merge, cells_of_tasks
 from compare import INDIVIDUAL, Comparison, Outcome, forget
 from finetunes import check_methods_fit, finetuned_tasks, starts
-from merge_options import MethodOptions, Options, parse_arguments, parser_of
+from merge_options import Options, parse_arguments, parser_of
 from process import peak_memory, quiet_lightning
 from refresh_rivals import Start, train_rival
-from refreshed import Before, Tested, run_plan, seconds_of, tested, with_kept
+from refreshed import Before, Tested, folder_of_rounds, run_plan, seconds_of, tested, with_kept
 from steps import Steps
-from train_tasks import folder_of, write_json
+from train_tasks import write_json
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.figures import plot_seconds
@@ -54,9 +51,6 @@ from mats_lightning.report import (
     write_markdown,
 )
 from mats_lightning.rounds import Round
-
-# options of merge.py that do not decide what a merge of one method gives
-OF_NO_EFFECT = ("methods", "output_dir", "accelerator", "again")
 
 
 @dataclass
@@ -92,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
     """Everything, in its order; returns the lines of the table."""
     own, options = parse(args)
     quiet_lightning()
-    methods = {own.method: chosen(options, own.method)}
+    methods = {own.method: options.methods[own.method]}
     check_methods_fit(options, methods)
     tasks, _ = finetuned_tasks(options)
     cells = cells_of_tasks(options.output_dir, tasks)
@@ -103,11 +97,13 @@ def main(args: Sequence[str] | None = None) -> list[Line]:
         comparison = Comparison(bench)
         individual, merge = comparison.run(methods)
         assert comparison.best is not None
-        module = comparison.best[1].module(merge.chosen.iterations)
-    module.use(merge.chosen.iterations)
+        opened, count = comparison.best[1], merge.chosen.iterations
+        module = opened.module(count)
+    module.use(count)
+    print(f"{merge.label}: chosen of {len(merge.attempts)}: {merge.chosen.settings}")
 
     plan = with_kept(own.plan, merge.chosen.settings)
-    folder = folder_of_rounds(options, plan, merge, tasks)
+    folder = folder_of_rounds(options.output_dir / "refresh", cells, opened.merge, count, plan)
     if options.again:
         shutil.rmtree(folder, ignore_errors=True)
     before = Before(module)
@@ -140,52 +136,6 @@ def parse(args: Sequence[str] | None) -> tuple[RefreshOptions, Options]:
     if options.methods[own.method].method in REFERENCES:
         parser.error(f"--method {own.method!r} merges nothing, so there is nothing to refresh")
     return own, options
-
-
-def chosen(options: Options, label: str) -> MethodOptions:
-    """The method with the settings that merge.py chose with these options; else with its grid."""
-    method = options.methods[label]
-    results = options.output_dir / "results.json"
-    if options.again or not results.exists():
-        return method
-    known = json.loads(results.read_text(encoding="utf-8"))
-    now = options.as_json()
-    # results of an earlier version lack what was not there to be set
-    then = {**defaults(), **known["options"]}
-    names = [option.name for option in fields(Options) if option.name not in OF_NO_EFFECT]
-    same = all(then[name] == now[name] for name in names)
-    rows = {row["label"]: row for row in known["methods"]}
-    if not same or label not in rows or then["methods"].get(label) != now["methods"][label]:
-        print(f"{results} is of other options: the settings of {label} are chosen now")
-        return method
-    settings = rows[label]["settings"]
-    print(f"{label}: settings from {results}: {settings}")
-    return MethodOptions(method.method, settings)
-
-
-def defaults() -> dict[str, Any]:
-    """What options have that are not set, as results.json would have it."""
-    found = {}
-    for option in fields(Options):
-        if option.default_factory is not MISSING:
-            found[option.name] = option.default_factory()
-        elif option.default is not MISSING:
-            found[option.name] = option.default
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
-
-
-def folder_of_rounds(
-    options: Options, plan: RefreshPlan, merge: Outcome, tasks: Sequence[Task]
-) -> Path:
-    """One for each merge and plan, whatever the number of rounds."""
-    settings: dict[str, Any] = {k: v for k, v in asdict(plan).items() if k != "rounds"}
-    settings |= {"method": merge.method, "settings": merge.chosen.settings}
-    settings |= {
-        "tasks": {task.name: str(task.checkpoint) for task in tasks},
-        "validation_rows": options.validation_rows,
-    }
-    return folder_of(options.output_dir / "refresh", "rounds", settings)
 
 
 def lines_of(tests: Sequence[Tested]) -> list[Line]:

@@ -1,16 +1,20 @@
 """A refresh on a bench: its rounds tested, and the module put to any of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import Bench, evaluate
+from cells import Cells, Merge
 from classifier import logits
+from train_tasks import folder_of
 
 from mats_lightning import MergeModule, RefreshPlan, refresh
 from mats_lightning.merging import MergeResult
 from mats_lightning.rounds import Folder, Round
+
+FITTING = ("heads", "rows", "labels", "seed")  # fields of a plan that decide its round 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,24 @@ def with_kept(plan: RefreshPlan, options: Mapping[str, Any]) -> RefreshPlan:
     averaged = options.get("averaged", [])
     names = (averaged,) if isinstance(averaged, str) else tuple(averaged)
     return plan if plan.kept or plan.by == "training" else replace(plan, kept=names)
+
+
+def key_of(merge: Merge, count: int, plan: RefreshPlan, number: int, split: str) -> dict[str, Any]:
+    """Of the cell after this round of a refresh of the merge after `count` iterations."""
+    settings = {name: value for name, value in asdict(plan).items() if name != "rounds"}
+    if not number:  # before any step
+        settings = {name: settings[name] for name in FITTING} if plan.heads else {}
+    return {**merge.key(count, split), "plan": settings, "round": number}
+
+
+def folder_of_rounds(
+    parent: Path, cells: Cells, merge: Merge, count: int, plan: RefreshPlan
+) -> Path:
+    """One for all that decides a refresh but for the number of rounds.
+
+    Of the fine-tunes these are the trainings: rounds do not go on from those of others.
+    """
+    return folder_of(parent, "rounds", {**cells.about, **key_of(merge, count, plan, 1, "")})
 
 
 def run_plan(

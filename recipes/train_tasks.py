@@ -31,6 +31,7 @@ from labelled_data import LabelledData
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from merge_options import Options, TaskOptions
 from process import return_memory
+from random_state import RandomState
 from torch import Tensor
 
 from mats_lightning import MaTSStatsCallback, Task
@@ -109,9 +110,10 @@ def train(
 ) -> TrainedTask:
     """The final checkpoint in `folder`, which is the one of these settings (`folder_of`).
 
-    It is kept when it is finished, resumed from its last epoch when it was interrupted, and
-    otherwise trained from the start. With `adapter` the checkpoint is the folder of the module's
-    adapter, not the whole module. The caller lets go of `module` and calls `return_memory`.
+    It is kept when it is finished, resumed from its last epoch and the random state there when it
+    was interrupted, and otherwise trained from the start. With `adapter` the checkpoint is the
+    folder of the module's adapter, not the whole module. The caller lets go of `module` and calls
+    `return_memory`.
     """
     result, resume = folder / "result.json", folder / "resume"
     if (kept := finished(folder, statistics)) is not None:
@@ -188,6 +190,7 @@ def fit(
         max_epochs=options.epochs,
         callbacks=[
             *([statistics_callback(options)] if statistics else []),
+            RandomState(),
             ModelCheckpoint(resume, filename="{epoch}", save_on_train_epoch_end=True),
             RichProgressBar(),
         ],

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from mats_lightning import load_statistics
+from mats_lightning.checkpoints import load_weights
 from mats_lightning.methods import REFERENCES
 
 WORDS = {  # task -> class -> words that only its texts have
@@ -471,29 +472,43 @@ class Crash(RuntimeError):
     """What ends a fit in these tests."""
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
 def test_an_interrupted_finetune_resumes_from_its_last_epoch(
-    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+    epoch: int, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, task, data = one_task(configuration(tmp_path, bert, epochs=3))
-    trained_in: list[int] = []
+    seen: list[tuple[int, list[list[int]]]] = []
     step = TextClassifier.training_step
 
-    def counted(module: TextClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
-        trained_in.append(module.current_epoch)
-        if len(trained_in) == 6 + 6 + 2:  # six batches an epoch
+    def noted(module: TextClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        seen.append((module.current_epoch, batch["input_ids"].tolist()))
+        return step(module, batch, batch_idx)
+
+    def crashing(module: TextClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        if (module.current_epoch, batch_idx) == (epoch, 2):
             raise Crash
         return step(module, batch, batch_idx)
 
-    monkeypatch.setattr(TextClassifier, "training_step", counted)
+    monkeypatch.setattr(TextClassifier, "training_step", noted)
+    whole = train_tasks.train_task(options, task, data)
+    batches = [batch for _, batch in seen]
+    assert [number for number, _ in seen] == [0] * 6 + [1] * 6 + [2] * 6
+    expected = {name: value.clone() for name, value in load_weights(whole.checkpoint).items()}
+    folder = whole.checkpoint.parent
+    shutil.rmtree(folder)
+
+    monkeypatch.setattr(TextClassifier, "training_step", crashing)
     with pytest.raises(Crash):
         train_tasks.train_task(options, task, data)
-    (folder,) = (tmp_path / "out/tasks").iterdir()
-    assert [path.name for path in folder.glob("resume/*.ckpt")] == ["epoch=1.ckpt"]
+    assert [path.name for path in folder.glob("resume/*.ckpt")] == [f"epoch={epoch - 1}.ckpt"]
     assert not (folder / "result.json").exists()
 
-    trained_in.clear()
+    seen.clear()
+    monkeypatch.setattr(TextClassifier, "training_step", noted)
     trained = train_tasks.train_task(options, task, data)
-    assert trained_in == [2] * 6
+    assert [batch for _, batch in seen] == batches[6 * epoch :]
+    found = load_weights(trained.checkpoint)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert sorted(path.name for path in folder.iterdir()) == [
         "colour.ckpt",
         "colour.ckpt.mats.safetensors",

@@ -1,7 +1,7 @@
 """recipes/refresh.py on tiny models: what it takes from merge.py, its table, its rivals."""
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import refresh
 import refresh_rivals
 import torch
 import train_tasks
-from merge_options import MethodOptions, Options
+from bench import Bench
+from cells import Cells, Merge
 from test_recipes import GRID, WORDS, Crash, bert, configuration
 from test_refresh import SOLVING
 
-from mats_lightning import RefreshPlan
+from mats_lightning import MergeModule, RefreshPlan
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.report import average
 
@@ -51,9 +52,21 @@ def test_a_refresh_of_what_merge_has_chosen(
     tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcomes = merge.main(configuration(tmp_path, bert, methods=METHODS))
+    best = outcomes[2].chosen
     monkeypatch.setattr(train_tasks, "fit", None)  # its fine-tunes are kept
-    lines = refresh.main(arguments(tmp_path, bert))
-    assert "settings from" in capsys.readouterr().out
+    merged: list[tuple[int, ...]] = []
+    module = Bench.module
+
+    def noted(bench: Bench, merge: Merge) -> MergeModule:
+        merged.append(merge.counts)
+        return module(bench, merge)
+
+    monkeypatch.setattr(Bench, "module", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cells, "keep", None)  # and so is what it has measured
+        lines = refresh.main(arguments(tmp_path, bert))
+    assert merged == [(best.iterations,)]
+    assert f"{KFAC}: chosen of 4: {best.settings}" in capsys.readouterr().out
     assert lines[0].row == outcomes[0].row  # the individual models
     assert lines[1].row == outcomes[2].row and lines[1].seconds == 0
     out = tmp_path / "out/refresh"
@@ -62,7 +75,7 @@ def test_a_refresh_of_what_merge_has_chosen(
     assert [line.row.method for line in lines[2:]] == [
         f"refresh, round {done['number']}" for done in taken
     ]
-    assert results["rounds"][0]["scores"] == outcomes[2].chosen.scores
+    assert results["rounds"][0]["scores"] == best.scores
     assert results["plan"]["rows"] == 40 and results["plan"]["rounds"] == 2
     assert results["table"][1]["test_average"] == average(outcomes[2].row)
     assert (out / "results.md").read_text().count("\n") == 2 + len(lines)
@@ -114,39 +127,20 @@ def test_heads_and_a_round_that_is_taken_back(
     assert torch.equal(state["head.weight"], load_weights(file)["head.weight"])
 
 
-def test_the_settings_are_chosen_now_where_merge_has_chosen_for_others(
-    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+def test_fine_tunes_that_are_trained_again_have_a_choice_and_rounds_of_their_own(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, options = refresh.parse(arguments(tmp_path, bert))
-    assert refresh.chosen(options, KFAC) == options.methods[KFAC]
-    rows = [{"label": KFAC, "settings": {"iterations": 7}}]
-    known = options.as_json()
-    file = options.output_dir / "results.json"
-    train_tasks.write_json(file, {"options": known, "methods": rows})
-    found = refresh.chosen(options, KFAC)
-    assert (found.options, found.grid) == ({"iterations": 7}, {})
-    for change in ({"seed": 9}, {"validation_rows": 1}, {"methods": {KFAC: {"method": "mats"}}}):
-        train_tasks.write_json(file, {"options": known | change, "methods": rows})
-        assert refresh.chosen(options, KFAC) == options.methods[KFAC]
-        assert "is of other options" in capsys.readouterr().out
-
-    # results of a version that could not set what is now at its default
-    earlier = {name: value for name, value in known.items() if name not in ("modality", "again")}
-    train_tasks.write_json(file, {"options": earlier, "methods": rows})
-    assert refresh.chosen(options, KFAC).options == {"iterations": 7}
-    train_tasks.write_json(file, {"options": known | {"again": True}, "methods": rows})
-    assert refresh.chosen(options, KFAC).options == {"iterations": 7}
-    again = replace(options, again=True)
-    assert refresh.chosen(again, KFAC) == options.methods[KFAC]
-
-
-def test_results_of_image_tasks_are_looked_at(tmp_path: Path) -> None:
-    methods = {KFAC: MethodOptions("mats", grid={"iterations": [1, 2]})}
-    options = Options(["mnist", "digits"], methods, modality="image", output_dir=tmp_path)
-    rows = [{"label": KFAC, "settings": {"iterations": 2}}]
-    known = {"options": options.as_json(), "methods": rows}
-    train_tasks.write_json(tmp_path / "results.json", known)
-    assert refresh.chosen(options, KFAC).options == {"iterations": 2}
+    given = configuration(tmp_path, bert, methods=METHODS)
+    before = merge.main(given)
+    refresh.main(arguments(tmp_path, bert))
+    shutil.rmtree(tmp_path / "out/tasks")
+    # the same settings, and other weights
+    monkeypatch.setattr(train_tasks.L, "seed_everything", lambda *_, **__: torch.manual_seed(7))
+    lines = refresh.main(arguments(tmp_path, bert))
+    after = merge.main(given)
+    assert lines[0].row == after[0].row and lines[1].row == after[2].row
+    assert after[2].chosen.settings != before[2].chosen.settings
+    assert len(list((tmp_path / "out/refresh").glob("rounds-*"))) == 2
 
 
 def test_rivals_train_on_the_rows_of_the_refresh(

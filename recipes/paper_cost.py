@@ -19,7 +19,7 @@ from bench import Bench
 from cells import Cell, Merge
 from compare import choose, merges_of
 from multitask_model import MultitaskData, multitask_module
-from paper_records import Record
+from paper_records import Record, Table
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
 from process import return_memory
@@ -56,7 +56,7 @@ class Taken:
     measure: Callable[[Bench], Measured]
 
 
-class CostTable:
+class CostTable(Table):
     """Training, one evaluation, each method as it was chosen on validation rows, and refreshes."""
 
     def __init__(self, setting: Setting, cost: Cost, seed: Seed) -> None:

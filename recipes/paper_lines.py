@@ -8,7 +8,7 @@ from bench import Bench, Opened
 from cells import Merge
 from compare import choose, merges_of
 from merge_options import MethodOptions
-from paper_records import Record, added
+from paper_records import Record, Table, added
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
 from steps import Steps
@@ -27,7 +27,7 @@ class Line:
     counts: tuple[int, ...]
 
 
-class LineTable:
+class LineTable(Table):
     """A table of merges that are evaluated on validation rows, with nothing to choose."""
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import Bench, Opened
 from cells import Cell, Merge
-from paper_records import Record, added
+from paper_records import Record, Table, added
 from paper_seeds import Seed
 from paper_settings import Refresh, Setting
 from paper_tables import chosen_point
@@ -64,7 +64,7 @@ class Training:
         return {**key, "method": f"trained {self.label}", "learning_rate": self.rate}
 
 
-class RefreshTable:
+class RefreshTable(Table):
     """Each line after each of its rounds on validation and on test rows, and the rivals.
 
     A round that is taken back changes nothing: its cell repeats the scores before it, and its

@@ -112,6 +112,13 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write_rows(rows: list[dict[str, str]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def seed_of(path: Path, seed: int = 0) -> Seed:
     return Seed(read_setting(str(path))[1], seed)
 
@@ -249,12 +256,6 @@ def test_known_lines_are_taken_over(
     assert len(whole) == len(rows)
     known = tmp_path / "known.csv"
 
-    def write(rows: list[dict[str, str]]) -> None:
-        with known.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
     def name_of(row: dict[str, str]) -> tuple[str, ...]:
         return tuple(row[part] for part in FIXED[:-1])
 
@@ -262,7 +263,7 @@ def test_known_lines_are_taken_over(
     lost = next(row for row in tested if row["seed"] == "1")
     tested[0]["kind"] = "0.125"  # not what would be measured
     lost["status"] = "missing"
-    write(rows)
+    write_rows(rows, known)
     shutil.rmtree(tmp_path / "out")
 
     def no_merge(*_: Any) -> None:
@@ -286,7 +287,7 @@ def test_known_lines_are_taken_over(
             changed = {"kind": 0.125} if name == name_of(tested[0]) else {}
             assert again[name] == replace(cell, scores=cell.scores | changed, residuals={}), name
 
-    write([*rows, rows[0]])
+    write_rows([*rows, rows[0]], known)
     with pytest.raises(ValueError, match="two lines are of 0, methods, individual, 0, test"):
         read_long(known, list(WORDS))
     with pytest.raises(ValueError, match=r"expected the columns .* found .*'size'"):
@@ -294,6 +295,25 @@ def test_known_lines_are_taken_over(
     with pytest.raises(SystemExit):
         run(path, "--known", str(tmp_path / "other.csv"))
     assert "other.csv does not exist" in capsys.readouterr().err
+
+
+def test_known_lines_of_intermediate_tasks_are_taken_over(tmp_path: Path, bert: Path) -> None:
+    """Those of a target whose training with few rows comes in the same run, too."""
+    path = setting(tmp_path, bert, intermediate={**TRANSFER, "targets": ["colour"]})
+    whole = {record.name: record.cell for record in run(path)}
+    rows = rows_of(tmp_path)
+    lost = [row for row in rows if row["case"] == "target colour, donor size"]
+    for row in rows:
+        row["colour"] = "0.125"  # not what would be measured
+    for row in lost:
+        row["status"] = "missing"
+    write_rows(rows, tmp_path / "known.csv")
+    shutil.rmtree(tmp_path / "out")
+    again = {record.name: record.cell for record in run(path, "--known", "known.csv")}
+    assert again.keys() == whole.keys() and len(lost) == 2 * 3
+    for name, cell in again.items():
+        expected = whole[name].scores if "target colour, donor size" in name else {"colour": 0.125}
+        assert cell.scores == expected, name
 
 
 def test_what_is_missing_is_shown(

@@ -372,7 +372,8 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     found = run(path, "--tables", "starts", "ablations")  # which choose their own starts
     lines = {(r.label, r.words): r.cell for r in found if r.table in ("starts", "ablations")}
     assert all(lines.values()) and len(lines) == 2 * 3 * 2 + 3
-    assert not any(r.cell for r in found if r.table == "methods" and r.split == "test")
+    measured = {(r.label, r.split) for r in found if r.table == "methods" and r.cell}
+    assert measured == {("task arithmetic", "validation")}  # the others are one point
 
     options = {"objective": "gram", "preconditioner": None, "iterations": 4}
     tried = [r for r in found if r.label == "task arithmetic" and r.split == "validation"]
@@ -419,6 +420,16 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     )
     residual = f"{residuals['normalize off, iterations 2']:.1e}"
     assert f"| kfac | normalize off | {changed:.3f} | {changed - base:+.3f} | {residual} |" in text
+
+
+def test_a_method_of_one_point_needs_no_validation_rows(tmp_path: Path, bert: Path) -> None:
+    one = {"RegMean": {"method": "regmean"}}
+    starts = {**STARTS, "labels": ["RegMean"]}
+    path = setting(tmp_path, bert, methods=one, starts=starts, cost={})
+    own = seed_of(path)
+    tables = paper.tables_of(read_setting(str(path))[1], own, own)
+    for name in ("starts", "cost"):
+        assert all(record.keep is not None for record in tables[name].records()), name
 
 
 def test_statistics_of_more_rows_than_there_are(tmp_path: Path, bert: Path) -> None:

@@ -29,7 +29,7 @@ from train_tasks import (
 )
 
 from mats_lightning import Task, collect_statistics, save_statistics
-from mats_lightning.sidecar import sidecar_path
+from mats_lightning.sidecar import sidecar_path, versions
 from mats_lightning.task_rounds import quiet_trainer
 
 
@@ -141,7 +141,7 @@ class Seed:
         """Statistics of the final weights on the first training rows, beside the checkpoint.
 
         `settings` are arguments of collect_statistics, and `rows`. Kept under a name with a
-        digest of them.
+        digest of them and of the version of mats_lightning.
 
         Raises ValueError for more rows than there are.
         """
@@ -173,5 +173,6 @@ class Seed:
 
 def collected_path(checkpoint: Path, settings: Mapping[str, Any]) -> Path:
     """Where statistics of these settings are, whether they have been taken or not."""
-    digest = folder_of(checkpoint.parent, "statistics", dict(settings)).name
+    decides = {"mats_lightning": versions()["mats_lightning"], **settings}
+    digest = folder_of(checkpoint.parent, "statistics", decides).name
     return sidecar_path(f"{checkpoint}.{digest}")

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import merge
 import paper
+import paper_seeds
 import paper_settings
 import pytest
 import torch
@@ -24,7 +25,7 @@ from merge_options import MethodOptions
 from paper_lines import AblationTable, StartTable
 from paper_long import FIXED, read_long
 from paper_records import Record, merge_seconds
-from paper_seeds import Seed, Suite
+from paper_seeds import Seed, Suite, collected_path
 from paper_settings import read_setting
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
@@ -420,6 +421,15 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     )
     residual = f"{residuals['normalize off, iterations 2']:.1e}"
     assert f"| kfac | normalize off | {changed:.3f} | {changed - base:+.3f} | {residual} |" in text
+
+
+def test_collected_statistics_are_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cells of the merges by them are."""
+    checkpoint = Path("trec.ckpt")
+    now = collected_path(checkpoint, {"rows": 40})
+    assert collected_path(checkpoint, {"rows": 40}) == now
+    monkeypatch.setattr(paper_seeds, "versions", lambda: {"mats_lightning": "0"})
+    assert collected_path(checkpoint, {"rows": 40}) != now
 
 
 def test_a_method_of_one_point_needs_no_validation_rows(tmp_path: Path, bert: Path) -> None:

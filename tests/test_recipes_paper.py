@@ -21,7 +21,9 @@ import yaml
 from bench import Opened
 from cells import Cell, Cells, Merge
 from compare import check_fit, merges_of
+from finetunes import starts
 from merge_options import MethodOptions
+from paper_intermediate import TransferTable
 from paper_lines import AblationTable, StartTable
 from paper_long import FIXED, read_long
 from paper_records import Record, merge_seconds
@@ -552,6 +554,39 @@ def test_intermediate_tasks(tmp_path: Path, bert: Path, monkeypatch: pytest.Monk
         assert record.cell.scores["colour"] == pytest.approx(float(torch.cat(right).mean()))
     text = Path("out/results/tiny.md").read_text()
     assert "| target | donor | alone | average | RegMean | alone, all rows |" in text
+
+
+def test_only_what_is_asked_for_is_read(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    read: list[Any] = []
+    rows_digest = paper_seeds.rows_digest
+
+    def noted_module(options: Any, task: Any, data: Any) -> Any:
+        loaded.append(task.name)
+        return task_module(options, task, data)
+
+    def noted_rows(data: Any) -> str:
+        read.append(data)
+        return rows_digest(data)
+
+    monkeypatch.setattr(paper_seeds, "task_module", noted_module)
+    monkeypatch.setattr(paper_seeds, "rows_digest", noted_rows)
+    part = {**TRANSFER, "targets": ["colour"], "donors": ["size"]}
+    found = read_setting(str(setting(tmp_path, bert, intermediate=part)))[1]
+    for task in found.options["tasks"][:2]:
+        task["head_group"] = "pair"
+    seed = Seed(found, 0)
+    assert found.intermediate is not None and not loaded
+    table = TransferTable(found.intermediate, seed)
+    assert len(list(table.records())) == 2 + 2 * 3
+    assert loaded == ["colour", "colour", "size"] and len(read) == 3  # few rows, all, the donor
+    loaded.clear()
+    weights, heads = seed.starts
+    assert loaded == ["colour", "size"]
+    every = starts([seed.suite.start(name) for name in WORDS])
+    torch.testing.assert_close((weights, heads), every, rtol=0, atol=0)
 
 
 # -- the store under merge.py --------------------------------------------------------------------

@@ -75,7 +75,6 @@ def main(args: Sequence[str] | None = None) -> list[Record]:
             train_first(chosen, asked.again)
             take_over(known, every)
         measure(chosen, asked.again)
-        take_over(known, every)  # intermediate tasks train as they come
     folder = asked.results or seeds[0].options.output_dir / "results"
     return report(name, all_tables, seeds[0].tasks, folder)
 
@@ -135,12 +134,13 @@ def take_over(known: Mapping[tuple[str, ...], Cell], tables: Sequence[Table]) ->
 
 
 def train_first(seeds: Mapping[Seed, Sequence[Table]], again: bool) -> None:
-    """The fine-tunes of seeds that have something to measure: cells are of a training."""
+    """The fine-tunes of tables that have something to measure: cells are of a training."""
     with Steps() as steps:
         for seed, tables in seeds.items():
-            if again or any(map(is_unfinished, tables)):
-                seed.bench(steps)
-                seed.let_go()
+            # all at once: after a training, cells of the one before are not there
+            for table in [table for table in tables if again or is_unfinished(table)]:
+                table.train(steps)
+            seed.let_go()
 
 
 def is_unfinished(table: Table) -> bool:

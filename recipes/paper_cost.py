@@ -17,11 +17,11 @@ from typing import Any
 import lightning as L
 from bench import Bench
 from cells import Cell, Merge
-from compare import choose, merges_of
 from multitask_model import MultitaskData, multitask_module
-from paper_records import Record
+from paper_records import Record, Table
 from paper_seeds import Seed
 from paper_settings import Cost, Setting
+from paper_tables import chosen_point
 from process import return_memory
 from refreshed import run_plan, with_kept
 from steps import Steps
@@ -56,7 +56,7 @@ class Taken:
     measure: Callable[[Bench], Measured]
 
 
-class CostTable:
+class CostTable(Table):
     """Training, one evaluation, each method as it was chosen on validation rows, and refreshes."""
 
     def __init__(self, setting: Setting, cost: Cost, seed: Seed) -> None:
@@ -107,11 +107,11 @@ class CostTable:
             yield Taken(what, 0, f"scaled from {batches} batches a task", key, measure)
         yield Taken("one evaluation", 0, "test rows", {"cost": "evaluation"}, evaluation)
         for label, method in self.methods.items():
-            chosen = choose(seed.cells, list(merges_of(method)))
-            if chosen is None:
+            point = chosen_point(seed.cells, method)
+            if point is None:
                 yield Taken(f"merge: {label}", 0, "not chosen yet", None, evaluation)
                 continue
-            merge, count, _ = chosen
+            merge, count = point
             merge = replace(merge, counts=(count,))
             key = merge.key(count, "none") | {"cost": "merge"}
             yield Taken(f"merge: {label}", count, "", key, partial(merging, merge))

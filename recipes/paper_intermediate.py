@@ -11,11 +11,12 @@ from bench import Bench
 from cells import Cells, cells_of
 from compare import Comparison, forget, steps_of
 from merge_options import MethodOptions
-from paper_records import Record, added
+from paper_records import Record, Table, added
 from paper_seeds import Seed, Suite
 from paper_settings import Intermediate
 from paper_tables import method_records
 from steps import Steps
+from typing_extensions import override
 
 ALONE, ALL_ROWS = "alone", "alone, all rows"
 
@@ -35,7 +36,7 @@ class Group:
         return f"target {self.target}" + (f", donor {self.donor}" if self.donor else "")
 
 
-class TransferTable:
+class TransferTable(Table):
     """The intermediate tasks of one seed: what is measured, and doing it.
 
     Raises ValueError for a target or donor that is no task of the suite.
@@ -45,7 +46,7 @@ class TransferTable:
         if odd := [name for name in (*plan.targets, *plan.donors) if name not in seed.tasks]:
             raise ValueError(f"intermediate: {odd[0]!r} is none of {', '.join(seed.tasks)}")
         options = replace(seed.options, train_rows=plan.few_rows, epochs=plan.few_epochs)
-        self.seed, self.few = seed, Suite(options)
+        self.seed, self.few, self.targets = seed, Suite(options), plan.targets
         self.groups = list(self._groups(plan))
 
     def _groups(self, plan: Intermediate) -> Iterator[Group]:
@@ -73,6 +74,14 @@ class TransferTable:
         """How many steps there are, and how many of them are on disk."""
         counted = [steps_of(g.cells, m) for g in self.groups for m in g.methods.values()]
         return added(counted)
+
+    @override
+    def train(self, steps: Steps) -> None:
+        """Those of the suite, and the targets with few rows."""
+        super().train(steps)
+        for target in self.targets:
+            self.few.task(target, steps)
+        self.few.let_go()
 
     def run(self, steps: Steps) -> None:
         for group in self.groups:

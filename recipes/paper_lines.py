@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 
 from bench import Bench, Opened
 from cells import Merge
-from compare import choose, merges_of
+from compare import merges_of
 from merge_options import MethodOptions
-from paper_records import Record, added
+from paper_records import Record, Table, added
 from paper_seeds import Seed
 from paper_settings import Ablations, Setting, Starts
+from paper_tables import chosen_point
 from steps import Steps
 from typing_extensions import override
-
-from mats_lightning.methods import REFERENCES
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Line:
     counts: tuple[int, ...]
 
 
-class LineTable:
+class LineTable(Table):
     """A table of merges that are evaluated on validation rows, with nothing to choose."""
 
     name: str
@@ -107,17 +106,17 @@ class StartTable(LineTable):
         """The merge with its start; None where the start's settings are not chosen yet."""
         if method.method in ("average", "pretrained"):
             return replace(merge, options={**merge.options, "init": method.method})
-        chosen = choose(self.seed.cells, list(merges_of(method)))
-        if chosen is None:
+        point = chosen_point(self.seed.cells, method)
+        if point is None:
             return None
-        start, count, _ = chosen
+        start, count = point
         return replace(merge, start=replace(start, counts=(count,)))
 
     @override
     def run(self, steps: Steps) -> None:
         bench = self.seed.bench(steps)
         for label, method in self.methods.items():
-            if method.method not in REFERENCES:
+            if chosen_point(self.seed.cells, method) is None:
                 for merge in merges_of(method):
                     total, done = self._steps(merge, merge.counts)
                     steps.expect(total - done)

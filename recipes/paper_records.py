@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from cells import Cell
 from compare import INDIVIDUAL
+from paper_seeds import Seed
 from steps import Steps
 
 
@@ -61,6 +62,8 @@ class Record:
 class Table(Protocol):
     """What paper.py does with any table of one seed."""
 
+    seed: Seed
+
     def records(self) -> Iterator[Record]:
         """What is on disk and what is missing, in the same order whether it is finished or not."""
         ...
@@ -68,6 +71,10 @@ class Table(Protocol):
     def steps_left(self) -> tuple[int, int]:
         """How many steps it takes, and how many of them are on disk."""
         ...
+
+    def train(self, steps: Steps) -> None:
+        """The fine-tunes that its cells are of, where they are missing."""
+        self.seed.bench(steps)
 
     def run(self, steps: Steps) -> None:
         """Measure what is missing."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from bench import Bench, Opened
 from cells import Cell, Merge
-from paper_records import Record, added
+from paper_records import Record, Table, added
 from paper_seeds import Seed
 from paper_settings import Refresh, Setting
 from paper_tables import chosen_point
-from refresh_rivals import Start, train_rival
+from refresh_rivals import Rival, Start, train_rival
 from refreshed import Before, folder_of_rounds, key_of, run_plan, tested, with_kept
 from steps import Steps
 
@@ -59,7 +59,7 @@ class Training:
         return {**key, "method": f"trained {self.label}", "learning_rate": self.rate}
 
 
-class RefreshTable:
+class RefreshTable(Table):
     """Each line after each of its rounds on validation and on test rows, and the rivals.
 
     A round that is taken back changes nothing: its cell repeats the scores before it, and its
@@ -112,11 +112,11 @@ class RefreshTable:
         return [Training(label, rate, point) for rate in self.refresh.rivals.learning_rates]
 
     def _best(self, tried: list[Training]) -> Training | None:
-        """On validation rows; None while one is missing."""
+        """On validation rows; None while one is missing, or what they start from."""
         plan = self._plan_of_rivals()
         cells = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
         known = [(cell.average, one) for cell, one in zip(cells, tried, strict=True) if cell]
-        if len(known) < len(tried):
+        if not known or len(known) < len(tried):
             return None
         return max(known, key=lambda entry: entry[0])[1]
 
@@ -146,7 +146,7 @@ class RefreshTable:
         for one in tried:
             slot = self.seed.cells.slot(one.key(plan, "validation"))
             yield Record(**about, settings=one.words, split="validation", **slot)
-        best = self._best(tried) if tried else None
+        best = self._best(tried)
         if best is None:
             yield Record(**about, settings="not chosen yet", split="test")
         else:
@@ -159,7 +159,7 @@ class RefreshTable:
     # -- measuring ---------------------------------------------------------------------------
 
     def steps_left(self) -> tuple[int, int]:
-        """One a merge and one a plan; one a training, and the merge that one kind starts from."""
+        """One a merge and one a plan; one a training, one a rival's test, and one a start."""
         counted = []
         for _, own in groupby(self.lines(), lambda line: line.method):
             done = [self._done(line) for line in own]
@@ -167,13 +167,19 @@ class RefreshTable:
         for label in self.rivals:
             tried, plan = self.trainings(label), self._plan_of_rivals()
             known = [self.seed.cells.at(one.key(plan, "validation")) for one in tried]
-            done = [cell is not None for cell in known]
             assert self.refresh.rivals is not None
             total = len(self.refresh.rivals.learning_rates)
-            counted.append((total, sum(done)))
+            tested = self._is_tested(tried)
+            counted.append((total + 1, sum(cell is not None for cell in known) + tested))
             if label == "from the merge":
-                counted.append((1, len(done) == total and all(done)))
+                counted.append((1, int(tested)))
         return added(counted)
+
+    def _is_tested(self, tried: list[Training]) -> bool:
+        best = self._best(tried)
+        if best is None:
+            return False
+        return self.seed.cells.at(best.key(self._plan_of_rivals(), "test")) is not None
 
     def _done(self, line: Line) -> bool:
         return self.seed.cells.at(line.key(line.plan.rounds, "test")) is not None
@@ -235,22 +241,32 @@ class RefreshTable:
         return folder_of_rounds(parent, self.seed.cells, *point, plan)
 
     def _run_rival(self, bench: Bench, label: str) -> None:
-        plan, steps = self._plan_of_rivals(), bench.steps
-        tried = self.trainings(label)
-        missing = [one for one in tried if self.seed.cells.at(one.key(plan, "test")) is None]
-        if not missing:
+        """Each learning rate on validation rows, and the best one on test rows."""
+        plan, tried = self._plan_of_rivals(), self.trainings(label)
+        if self._is_tested(tried):
             return
         start = None
         if label == "from the merge":
             refreshed = self.seed.cells.at(self._refreshed().key(plan.rounds, "test"))
             assert refreshed is not None  # `run` begins with it
             start = Start(self._merged(bench, self.merge), refreshed.merge_seconds)
-        for one in missing:
-            with steps.paused():
-                found = train_rival(self.seed.options, bench.tasks, plan, one.rate, start)
-            steps.expect(0, done=1)
-            for split, scores in zip(SPLITS, (found.validated, found.tested), strict=True):
-                self._keep(one.key(plan, split), scores, found.seconds)
+        trained: dict[float, Rival] = {}
+        for one in tried:
+            if self.seed.cells.at(one.key(plan, "validation")) is None:
+                found = trained[one.rate] = self._train(bench, one.rate, start)
+                self._keep(one.key(plan, "validation"), found.validated, found.seconds)
+                bench.steps.expect(0, done=1)
+        best = self._best(tried)
+        assert best is not None
+        # again, where it was trained in an earlier run
+        found = trained.get(best.rate) or self._train(bench, best.rate, start)
+        self._keep(best.key(plan, "test"), found.tested(), found.seconds)
+        bench.steps.expect(0, done=1)
+
+    def _train(self, bench: Bench, rate: float, start: Start | None) -> Rival:
+        with bench.steps.paused():
+            plan = self._plan_of_rivals()
+            return train_rival(self.seed.options, bench.tasks, plan, rate, start)
 
     def forget(self) -> None:
         for line in self.lines():

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 from bench import Bench
-from cells import Cell, cells_of, rows_digest
+from cells import Cell, Cells, cells_of, rows_digest
 from classifier import logits
 from finetunes import starts
 from merge_options import Options, options_of
-from multitask_model import multitask_folder, multitask_scores, train_multitask
+from multitask_model import Settings, multitask_folder, multitask_scores, train_multitask
 from paper_settings import Setting
 from steps import Steps
 from torch import Tensor
@@ -29,31 +29,45 @@ from train_tasks import (
 )
 
 from mats_lightning import Task, collect_statistics, save_statistics
-from mats_lightning.sidecar import sidecar_path
+from mats_lightning.sidecar import sidecar_path, versions
 from mats_lightning.task_rounds import quiet_trainer
 
 
 class Suite:
     """Tasks of one set of options: what their cells are called, and their fine-tunes.
 
-    Nothing is trained before `bench` or `task` asks for it.
+    Nothing is read before it is asked for, nor trained before `task` asks for it.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.data = {task: task_data(options, task) for task in options.task_list}
-        self.settings = {
-            task: task_settings(options, task, data, task_module(options, task, data))
-            for task, data in self.data.items()
-        }
         self.by_name = {task.name: task for task in self.data}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._about: dict[str, tuple[Path, str]] = {}
         self._trained: dict[str, Task] = {}
 
     def about(self, name: str) -> tuple[Path, str]:
         """The fine-tune's folder, and a digest of the rows it is evaluated on."""
-        task = self.by_name[name]
-        folder = task_folder(self.options, task, self.settings[task])
-        return folder, rows_digest(self.data[task])
+        if name not in self._about:
+            task = self.by_name[name]
+            folder = task_folder(self.options, task, self.settings_of(name))
+            self._about[name] = folder, rows_digest(self.data[task])
+        return self._about[name]
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """What decides the task's fine-tune."""
+        if name not in self._settings:
+            task = self.by_name[name]
+            data = self.data[task]
+            module = task_module(self.options, task, data)
+            self._settings[name] = task_settings(self.options, task, data, module)
+        return self._settings[name]
+
+    @property
+    def settings(self) -> Settings:
+        """Those of all tasks."""
+        return {task: self.settings_of(task.name) for task in self.data}
 
     def task(self, name: str, steps: Steps) -> Task:
         """A fine-tuned task: from disk, or trained now."""
@@ -89,15 +103,24 @@ class Seed:
         self.options = options_of({**setting.options, "seed": seed})
         self.suite = Suite(self.options)
         self.tasks = list(self.suite.by_name)
-        self.cells = cells_of(
-            self.options.output_dir, [self.suite.about(name) for name in self.tasks]
-        )
-        self.multitask = multitask_folder(self.options, self.suite.settings)[0]
+
+    @cached_property
+    def cells(self) -> Cells:
+        """Of merges of all tasks."""
+        about = [self.suite.about(name) for name in self.tasks]
+        return cells_of(self.options.output_dir, about)
+
+    @cached_property
+    def multitask(self) -> Path:
+        """The folder of multitask training."""
+        return multitask_folder(self.options, self.suite.settings)[0]
 
     @cached_property
     def starts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """As merge.py's: of new modules, since merges go into those of the tasks."""
-        return starts([self.suite.start(name) for name in self.tasks])
+        grouped = {t.head_group: t.name for t in self.suite.data if t.head_group is not None}
+        needed = dict.fromkeys([self.tasks[0], *grouped.values()])  # heads of a group start alike
+        return starts([self.suite.start(name) for name in needed])
 
     @property
     def multitask_key(self) -> dict[str, Any]:
@@ -141,7 +164,7 @@ class Seed:
         """Statistics of the final weights on the first training rows, beside the checkpoint.
 
         `settings` are arguments of collect_statistics, and `rows`. Kept under a name with a
-        digest of them.
+        digest of them and of the version of mats_lightning.
 
         Raises ValueError for more rows than there are.
         """
@@ -173,5 +196,6 @@ class Seed:
 
 def collected_path(checkpoint: Path, settings: Mapping[str, Any]) -> Path:
     """Where statistics of these settings are, whether they have been taken or not."""
-    digest = folder_of(checkpoint.parent, "statistics", dict(settings)).name
+    decides = {"mats_lightning": versions()["mats_lightning"], **settings}
+    digest = folder_of(checkpoint.parent, "statistics", decides).name
     return sidecar_path(f"{checkpoint}.{digest}")

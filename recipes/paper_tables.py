@@ -7,7 +7,7 @@ from bench import Opened
 from cells import Cells, Merge
 from compare import INDIVIDUAL, Comparison, choose, forget, merges_of, steps_of
 from merge_options import MethodOptions
-from paper_records import Record, added, described
+from paper_records import Record, Table, added, described
 from paper_seeds import Seed
 from paper_settings import Setting
 from steps import Steps
@@ -58,7 +58,7 @@ def chosen_point(cells: Cells, method: MethodOptions) -> tuple[Merge, int] | Non
     return None if chosen is None else chosen[:2]
 
 
-class MethodTable:
+class MethodTable(Table):
     """All methods, chosen on validation rows of the first seed and tested; multitask training.
 
     Args:

@@ -177,7 +177,7 @@ def rivals(
         rate, best = max(tried.items(), key=lambda entry: entry[1].average)
         words = f"{best.steps} steps at {rate:g}, {best.seconds:.0f} s"
         name = f"trained {label} on {plan.rows} rows"
-        lines.append(Line(Row(name, words, best.tested), best.seconds, name))
+        lines.append(Line(Row(name, words, best.tested()), best.seconds, name))
     return lines
 
 

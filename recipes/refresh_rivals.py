@@ -29,17 +29,23 @@ WARM_UP = 0.1  # of all steps, or of the time
 
 @dataclass(frozen=True)
 class Rival:
-    """What a training reached: the primary metric a task, on validation and on test rows."""
+    """What a training reached: the primary metric a task, on validation rows; and its model."""
 
     validated: dict[str, float]
-    tested: dict[str, float]
     seconds: float
     steps: int
+    model: MultitaskClassifier
+    tasks: Sequence[Task]
+    tester: L.Trainer
 
     @property
     def average(self) -> float:
         """On validation rows."""
         return mean(self.validated.values())
+
+    def tested(self) -> dict[str, float]:
+        """The same on test rows, measured now."""
+        return accuracies(self.model, rows_of(self.tasks), self.tester.test)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,10 @@ def classifier(module: MergeModule, task: Task) -> Classifier:
     return found
 
 
+def rows_of(tasks: Sequence[Task]) -> dict[str, Any]:
+    return {task.name: task.data for task in tasks}
+
+
 def data(task: Task) -> LabelledData:
     assert isinstance(task.data, LabelledData)
     return task.data
@@ -153,9 +163,8 @@ def _train(
     del trainer
     return_memory()
     tester = quiet_trainer(accelerator=options.accelerator)
-    rows = {task.name: task.data for task in tasks}
-    validated, tested = (accuracies(module, rows, run) for run in (tester.validate, tester.test))
-    return Rival(validated, tested, seconds, steps)
+    validated = accuracies(module, rows_of(tasks), tester.validate)
+    return Rival(validated, seconds, steps, module, tasks, tester)
 
 
 def shuffled(task: Task, plan: RefreshPlan) -> DataLoader[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import merge
 import paper
+import paper_seeds
 import paper_settings
 import pytest
 import torch
@@ -20,11 +21,13 @@ import yaml
 from bench import Opened
 from cells import Cell, Cells, Merge
 from compare import check_fit, merges_of
+from finetunes import starts
 from merge_options import MethodOptions
+from paper_intermediate import TransferTable
 from paper_lines import AblationTable, StartTable
 from paper_long import FIXED, read_long
 from paper_records import Record, merge_seconds
-from paper_seeds import Seed, Suite
+from paper_seeds import Seed, Suite, collected_path
 from paper_settings import read_setting
 from test_recipes import GRID, WORDS, Crash, bert, configuration, write_task
 from torch import nn
@@ -110,6 +113,13 @@ def run(path: Path, *arguments: str) -> list[Any]:
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "out/results/tiny.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(rows: list[dict[str, str]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def seed_of(path: Path, seed: int = 0) -> Seed:
@@ -249,12 +259,6 @@ def test_known_lines_are_taken_over(
     assert len(whole) == len(rows)
     known = tmp_path / "known.csv"
 
-    def write(rows: list[dict[str, str]]) -> None:
-        with known.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
     def name_of(row: dict[str, str]) -> tuple[str, ...]:
         return tuple(row[part] for part in FIXED[:-1])
 
@@ -262,7 +266,7 @@ def test_known_lines_are_taken_over(
     lost = next(row for row in tested if row["seed"] == "1")
     tested[0]["kind"] = "0.125"  # not what would be measured
     lost["status"] = "missing"
-    write(rows)
+    write_rows(rows, known)
     shutil.rmtree(tmp_path / "out")
 
     def no_merge(*_: Any) -> None:
@@ -286,7 +290,7 @@ def test_known_lines_are_taken_over(
             changed = {"kind": 0.125} if name == name_of(tested[0]) else {}
             assert again[name] == replace(cell, scores=cell.scores | changed, residuals={}), name
 
-    write([*rows, rows[0]])
+    write_rows([*rows, rows[0]], known)
     with pytest.raises(ValueError, match="two lines are of 0, methods, individual, 0, test"):
         read_long(known, list(WORDS))
     with pytest.raises(ValueError, match=r"expected the columns .* found .*'size'"):
@@ -294,6 +298,25 @@ def test_known_lines_are_taken_over(
     with pytest.raises(SystemExit):
         run(path, "--known", str(tmp_path / "other.csv"))
     assert "other.csv does not exist" in capsys.readouterr().err
+
+
+def test_known_lines_of_intermediate_tasks_are_taken_over(tmp_path: Path, bert: Path) -> None:
+    """Those of a target whose training with few rows comes in the same run, too."""
+    path = setting(tmp_path, bert, intermediate={**TRANSFER, "targets": ["colour"]})
+    whole = {record.name: record.cell for record in run(path)}
+    rows = rows_of(tmp_path)
+    lost = [row for row in rows if row["case"] == "target colour, donor size"]
+    for row in rows:
+        row["colour"] = "0.125"  # not what would be measured
+    for row in lost:
+        row["status"] = "missing"
+    write_rows(rows, tmp_path / "known.csv")
+    shutil.rmtree(tmp_path / "out")
+    again = {record.name: record.cell for record in run(path, "--known", "known.csv")}
+    assert again.keys() == whole.keys() and len(lost) == 2 * 3
+    for name, cell in again.items():
+        expected = whole[name].scores if "target colour, donor size" in name else {"colour": 0.125}
+        assert cell.scores == expected, name
 
 
 def test_what_is_missing_is_shown(
@@ -352,7 +375,8 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     found = run(path, "--tables", "starts", "ablations")  # which choose their own starts
     lines = {(r.label, r.words): r.cell for r in found if r.table in ("starts", "ablations")}
     assert all(lines.values()) and len(lines) == 2 * 3 * 2 + 3
-    assert not any(r.cell for r in found if r.table == "methods" and r.split == "test")
+    measured = {(r.label, r.split) for r in found if r.table == "methods" and r.cell}
+    assert measured == {("task arithmetic", "validation")}  # the others are one point
 
     options = {"objective": "gram", "preconditioner": None, "iterations": 4}
     tried = [r for r in found if r.label == "task arithmetic" and r.split == "validation"]
@@ -399,6 +423,25 @@ def test_starts_and_ablations(tmp_path: Path, bert: Path) -> None:
     )
     residual = f"{residuals['normalize off, iterations 2']:.1e}"
     assert f"| kfac | normalize off | {changed:.3f} | {changed - base:+.3f} | {residual} |" in text
+
+
+def test_collected_statistics_are_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cells of the merges by them are."""
+    checkpoint = Path("trec.ckpt")
+    now = collected_path(checkpoint, {"rows": 40})
+    assert collected_path(checkpoint, {"rows": 40}) == now
+    monkeypatch.setattr(paper_seeds, "versions", lambda: {"mats_lightning": "0"})
+    assert collected_path(checkpoint, {"rows": 40}) != now
+
+
+def test_a_method_of_one_point_needs_no_validation_rows(tmp_path: Path, bert: Path) -> None:
+    one = {"RegMean": {"method": "regmean"}}
+    starts = {**STARTS, "labels": ["RegMean"]}
+    path = setting(tmp_path, bert, methods=one, starts=starts, cost={})
+    own = seed_of(path)
+    tables = paper.tables_of(read_setting(str(path))[1], own, own)
+    for name in ("starts", "cost"):
+        assert all(record.keep is not None for record in tables[name].records()), name
 
 
 def test_statistics_of_more_rows_than_there_are(tmp_path: Path, bert: Path) -> None:
@@ -511,6 +554,39 @@ def test_intermediate_tasks(tmp_path: Path, bert: Path, monkeypatch: pytest.Monk
         assert record.cell.scores["colour"] == pytest.approx(float(torch.cat(right).mean()))
     text = Path("out/results/tiny.md").read_text()
     assert "| target | donor | alone | average | RegMean | alone, all rows |" in text
+
+
+def test_only_what_is_asked_for_is_read(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    read: list[Any] = []
+    rows_digest = paper_seeds.rows_digest
+
+    def noted_module(options: Any, task: Any, data: Any) -> Any:
+        loaded.append(task.name)
+        return task_module(options, task, data)
+
+    def noted_rows(data: Any) -> str:
+        read.append(data)
+        return rows_digest(data)
+
+    monkeypatch.setattr(paper_seeds, "task_module", noted_module)
+    monkeypatch.setattr(paper_seeds, "rows_digest", noted_rows)
+    part = {**TRANSFER, "targets": ["colour"], "donors": ["size"]}
+    found = read_setting(str(setting(tmp_path, bert, intermediate=part)))[1]
+    for task in found.options["tasks"][:2]:
+        task["head_group"] = "pair"
+    seed = Seed(found, 0)
+    assert found.intermediate is not None and not loaded
+    table = TransferTable(found.intermediate, seed)
+    assert len(list(table.records())) == 2 + 2 * 3
+    assert loaded == ["colour", "colour", "size"] and len(read) == 3  # few rows, all, the donor
+    loaded.clear()
+    weights, heads = seed.starts
+    assert loaded == ["colour", "size"]
+    every = starts([seed.suite.start(name) for name in WORDS])
+    torch.testing.assert_close((weights, heads), every, rtol=0, atol=0)
 
 
 # -- the store under merge.py --------------------------------------------------------------------

@@ -178,6 +178,31 @@ def test_refreshes_over_seeds(
     assert (tmp_path / "out/results/tiny-refresh.png").stat().st_size > 0
     assert not list((tmp_path / "out/refresh").iterdir())
 
+    # at each rate on validation rows, and the best one alone on test rows
+    keys = {path: json.loads(path.read_text())["key"] for path in Path("out/cells").iterdir()}
+    trained = {path: key["split"] for path, key in keys.items() if "learning_rate" in key}
+    assert sorted(trained.values()) == ["test"] * 2 + ["validation"] * 4
+    before = {path: path.read_bytes() for path, split in trained.items() if split == "validation"}
+    for file, split in trained.items():
+        if split == "test":  # what was chosen is trained again, and nothing else
+            file.unlink()
+    rates: list[float] = []
+    train_rival = paper_refresh.train_rival
+
+    def noted(*arguments: Any) -> Any:
+        rates.append(arguments[3])
+        return train_rival(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paper_refresh, "train_rival", noted)
+        again = run(path, "--tables", "refresh", "--seeds", "0")
+    assert [record.name for record in again] == [record.name for record in found]
+    assert len(rates) == 2 and rates[0] == 2e-2
+    assert all(file.read_bytes() == known for file, known in before.items())
+    for old, new in zip(found, again, strict=True):
+        assert "from the merge" in old.label or new.cell.scores == old.cell.scores
+    found = again
+
     def crash(*_: Any, **__: Any) -> None:
         raise Crash
 

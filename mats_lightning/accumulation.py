@@ -16,33 +16,42 @@ class Accumulation:
     """Sums of epochs.
 
     With `first` there is one record, of all epochs from it on. Without, there is one for each of
-    the last `epochs_kept` epochs. In each record's `info` are "epochs", those that are in it, and
-    "skipped_batches".
+    the last `epochs_kept` epochs, the last one being the latest that has examples. In each record's
+    `info` are "epochs", those of which it has examples, and "skipped_batches".
     """
 
     coverage: Coverage
     epochs_kept: int
     first: int | None
     sums: dict[int, Statistics] = field(default_factory=dict)  # by the epoch that a record begins
-    epoch: int = -1  # the latest one of which something is in the sums
+    epoch: int = -1  # the latest one that has examples
     examples: float = 0.0  # of that epoch; after a resume with several ranks, a share of those
     notes: list[str] = field(default_factory=list)
 
     def record(self, epoch: int) -> Statistics:
-        """The sums to which this epoch is added; what is before the window goes."""
+        """The sums to which this epoch is added."""
+        key = epoch if self.first is None else self.first
+        if key not in self.sums:
+            self.sums[key] = Statistics({}, info={"epochs": [], "skipped_batches": 0})
+        return self.sums[key]
+
+    def count(self, epoch: int, examples: int) -> None:
+        """A batch has been added to this epoch's record: what is before the window goes.
+
+        Not sooner, since an epoch may turn out to have no examples.
+        """
         if epoch != self.epoch:
             self.epoch, self.examples = epoch, 0.0
-        key, start = self.first, self.first
-        if key is None or start is None:
-            key, start = epoch, epoch - self.epochs_kept + 1
-        if key not in self.sums:
-            self.sums[key] = Statistics({}, info={"epochs": [epoch], "skipped_batches": 0})
-            for old in [k for k, s in self.sums.items() if min(s.info["epochs"]) < start]:
-                del self.sums[old]
-        statistics = self.sums[key]
-        if epoch not in statistics.info["epochs"]:
-            statistics.info["epochs"].append(epoch)
-        return statistics
+        self.examples += examples
+        epochs = self.record(epoch).info["epochs"]
+        if epoch not in epochs:
+            epochs.append(epoch)
+        self.sums = self._window(epoch)
+
+    def _window(self, epoch: int) -> dict[int, Statistics]:
+        """The records that are kept when this is the latest epoch that has examples."""
+        start = epoch - self.epochs_kept + 1 if self.first is None else self.first
+        return {key: sums for key, sums in self.sums.items() if _begin(key, sums.info) >= start}
 
     def forget(self, record: Statistics) -> None:
         """Leave this record of sums out."""
@@ -66,6 +75,8 @@ class Accumulation:
         """The sum of the records, without what has turned out to be inexact."""
         total = Statistics()
         for key in sorted(self.sums):
+            if not self.sums[key].info["epochs"]:
+                continue  # no batch of it has counted yet
             self.coverage.remove_dropped(self.sums[key])  # a later epoch may have shown it to be
             total = total + self.sums[key]
         return total
@@ -77,6 +88,11 @@ class Accumulation:
     @property
     def skipped_batches(self) -> int:
         return sum(sums.info["skipped_batches"] for sums in self.sums.values())
+
+    def any_examples(self, group: ProcessGroup | None) -> bool:
+        """Whether any rank has some. Collective."""
+        mine = bool(self.epochs)
+        return mine if group is None else any(ranks.all_of(mine, group))
 
     def of_all_ranks(self, group: ProcessGroup | None) -> "Accumulation | None":
         """What all ranks have accumulated together, on rank 0; None on the others.
@@ -90,11 +106,11 @@ class Accumulation:
             self._drop_as_in(rows)
         for sums in self.sums.values():
             self.coverage.remove_dropped(sums)
-        total = ranks.add_up(self.sums, group)
+        epoch = max(epoch for _, _, epoch, _ in everyone)
+        total = ranks.add_up(self._window(epoch), group)  # others may have dropped what is before
         if total is None:
             return None
         notes = list(dict.fromkeys(note for _, notes, _, _ in everyone for note in notes))
-        epoch = max(epoch for _, _, epoch, _ in everyone)
         examples = sum(count for _, _, of, count in everyone if of == epoch)
         return replace(self, sums=total, epoch=epoch, examples=examples, notes=notes)
 
@@ -119,7 +135,7 @@ class Accumulation:
         self._drop_as_in(state["rows"])
         self.notes = list(dict.fromkeys([*state["notes"], *self.notes]))
         for key, fields in state["sums"].items() if rank == 0 else ():
-            if min(fields["info"]["epochs"]) < (self.first or 0):
+            if _begin(key, fields["info"]) < (self.first or 0):
                 continue  # before the window of this fit
             tensors = {name: tensor.to(device) for name, tensor in fields["tensors"].items()}
             self.sums[key] = Statistics(**{**fields, "tensors": tensors})
@@ -133,3 +149,8 @@ class Accumulation:
         for name, row in self.coverage.rows.items():
             if name in rows and (lost := set(row.statistics) - set(rows[name]["statistics"])):
                 row.drop(lost, rows[name]["reason"])
+
+
+def _begin(key: int, info: Mapping[str, Any]) -> int:
+    """The first epoch of a record; its key where no batch has counted yet."""
+    return min(info["epochs"], default=key)

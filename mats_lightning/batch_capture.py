@@ -78,6 +78,7 @@ class BatchCapture:
         self._options, self._fit, self._masks, self._note = options, fit, masks, note
         self._resumed = resumed
         self._capture: Capture | None = None
+        self._epoch = -1  # that the capture is in
         self._captured = False  # a backward pass of this batch
         self._tried = False  # the options, on a batch
         self._hooks = ExitStack()
@@ -88,7 +89,7 @@ class BatchCapture:
         """Before the training step: labels are drawn here, or hooks wait for the step's own."""
         self.close()
         self._captured = False
-        wanted = self._wants(trainer.current_epoch, batch_idx, trainer.world_size)
+        wanted = self._wants(trainer, batch_idx)
         if not (wanted or self._tried):
             self._try(trainer, pl_module, batch)
         self._tried = True
@@ -178,13 +179,16 @@ class BatchCapture:
                 " it had been added to are left out"
             )
 
-    def _wants(self, epoch: int, batch_idx: int, world_size: int) -> bool:
+    def _wants(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Whether this batch is captured."""
-        options = self._options
+        if trainer.fit_loop._skip_backward:
+            # The epoch that StochasticWeightAveraging adds for batch normalisation: forward alone.
+            return False
+        options, epoch = self._options, trainer.current_epoch
         if epoch < (self._fit.first or 0) or batch_idx % options.every_n_batches:
             return False
-        share = math.inf if options.max_examples is None else options.max_examples / world_size
-        return self._fit.examples_in(epoch) < share
+        limit = math.inf if options.max_examples is None else options.max_examples
+        return self._fit.examples_in(epoch) < limit / trainer.world_size
 
     def _capture_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Capture:
         """The capture into this epoch's sums."""
@@ -195,7 +199,8 @@ class BatchCapture:
                 " stateful, or has no length: some rows may count twice, others not at all"
             )
         self._resumed = []
-        begins, statistics = epoch != self._fit.epoch, self._fit.record(epoch)
+        begins, statistics = epoch != self._epoch, self._fit.record(epoch)
+        self._epoch = epoch
         if self._capture is None or self._capture.statistics is not statistics:
             self._capture = Capture(self._fit.coverage, statistics)
             if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
@@ -208,7 +213,7 @@ class BatchCapture:
         return self._capture
 
     def _count(self, capture: Capture, before: int, counted: bool, epoch: int) -> None:
-        """Count the batch's rows, for `max_examples` and the cost; note if nothing was captured."""
+        """Count the batch's rows, where it has come to the sums; note if nothing was captured."""
         if not counted:
             self._note(
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
@@ -216,11 +221,11 @@ class BatchCapture:
             )
         for told in capture.told():
             rank_zero_warn(f"MaTSStatsCallback leaves statistics out. {told}")
-        examples = capture.statistics.examples - before
-        if (sampling := self._options.sampling) is not None:
-            examples //= sampling.draws  # rows
-        self._fit.examples += examples
-        self.cost.examples += examples
+        examples, sampling = capture.statistics.examples - before, self._options.sampling
+        rows = examples if sampling is None else examples // sampling.draws
+        if examples:
+            self._fit.count(epoch, rows)
+        self.cost.examples += rows
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from mats_lightning.sampled import Fisher, LogitsFn, choose_fisher
 from mats_lightning.saving import follow_checkpoints
 from mats_lightning.statistics import KINDS, Statistics, check_kinds
 from mats_lightning.statistics.record import GRADIENT
-from mats_lightning.training import refuse_unsupported
+from mats_lightning.training import first_epoch, refuse_unsupported
 
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 
@@ -35,7 +35,8 @@ class MaTSStatsCallback(Callback):
 
     The window: with `max_epochs` alone, the epochs from `max_epochs - last_n_epochs` on. When
     the end is not known beforehand (early stopping, `max_steps`, `max_time`) or a checkpoint is
-    chosen by a monitored value, every epoch is captured and the last ones are kept.
+    chosen by a monitored value, every epoch is captured and the last ones that have examples are
+    kept. The epoch that StochasticWeightAveraging adds for batch normalisation is not captured.
 
     Layers that are unfrozen within the fit (by Lightning's BackboneFinetuning, say) are captured
     from there on, and what was captured before is left out. So where parts of a model are frozen
@@ -169,6 +170,7 @@ class MaTSStatsCallback(Callback):
         )
         self.sidecar = sidecar
         self.factor_dtype = FACTOR_DTYPES[factor_dtype]
+        self._first: int | None = None  # epoch to capture, from setup on
         self._fit: FitCapture | None = None  # from on_fit_start on
         self._restored: dict[str, Any] | None = None  # state of a checkpoint, until then
         self._group: ProcessGroup | None = None  # the ranks, where there are several
@@ -186,6 +188,7 @@ class MaTSStatsCallback(Callback):
             return
         scale_is_known = self.options.batches.scale_is_known
         refuse_unsupported(trainer, pl_module, scale_is_known=scale_is_known)
+        self._first = first_epoch(trainer, self.options.last_n_epochs)
         self._fit, self._restored = None, None
         self._group = ranks.new_group()
         of_checkpoint = partial(self._of_checkpoint, trainer)
@@ -193,7 +196,9 @@ class MaTSStatsCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit = FitCapture(self.options, trainer, pl_module, self._restored, self._group)
+        self._fit = FitCapture(
+            self.options, trainer, pl_module, self._first, self._restored, self._group
+        )
         self._restored = None
 
     @override
@@ -230,6 +235,7 @@ class MaTSStatsCallback(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._fit is not None:
+            self._fit.end_training(trainer)
             where = " on rank 0" if trainer.world_size > 1 else ""
             rank_zero_info(f"statistics{where}: {self._fit.cost}")
 

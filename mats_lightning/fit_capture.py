@@ -19,7 +19,7 @@ from mats_lightning.sampled import fisher_info
 from mats_lightning.sidecar import describe, name_of
 from mats_lightning.statistics import Statistics, find_coverage
 from mats_lightning.statistics.digest import digest
-from mats_lightning.training import averaging_callback, first_epoch
+from mats_lightning.training import averaging_callback, in_middle_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class FitCapture:
         options: see there.
         trainer: that fits.
         pl_module: that is fitted.
+        first: epoch to capture, None where the last ones are not known (`training.first_epoch`).
         restored: the `state` of the checkpoint that the fit resumes from, if it is not in use yet.
         group: the ranks, where there are several.
         before: this fit's, until other parameters trained.
@@ -55,6 +56,7 @@ class FitCapture:
         options: FitOptions,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
+        first: int | None,
         restored: Mapping[str, Any] | None,
         group: ProcessGroup | None,
         before: "FitCapture | None" = None,
@@ -63,7 +65,7 @@ class FitCapture:
         self._training = _which_train(pl_module)
         self._masks = options.mask_fn or default_masks(pl_module)
         self._ended: dict[str, str] | None = None  # digest of the weights when the fit ended
-        self._interrupted = False
+        self._training_ended = self._interrupted = False
         coverage = find_coverage(
             pl_module,
             options.kinds,
@@ -84,9 +86,8 @@ class FitCapture:
                 check_loss_modules(pl_module, options.batches.loss_reduction)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
-        first = first_epoch(trainer, options.last_n_epochs)
         self._sums = Accumulation(coverage, options.last_n_epochs, first)
-        if before is not None and before._sums.sums:
+        if before is not None and before._sums.epochs:
             self._note(
                 f"the parameters that train have changed in epoch {trainer.current_epoch}: what was"
                 " captured before is left out"
@@ -107,16 +108,17 @@ class FitCapture:
         self._batches = BatchCapture(
             options.batches, self._sums, self._masks, resumed, note=self._note
         )
-        kept = 1 if first is not None else options.last_n_epochs
-        window = (
-            f"from epoch {first} on"
-            if first is not None
-            else f"in every epoch, the last {kept} kept, since the end of this fit"
-            " is not known beforehand or its checkpoint is chosen by a monitored value"
-        )
+        if first is not None:
+            records, window = 1, f"from epoch {first} on"
+        else:
+            records = options.last_n_epochs + 1  # those kept, and in a batch that of a new epoch
+            window = (
+                f"in every epoch, the last {options.last_n_epochs} kept, since the end of this fit"
+                " is not known beforehand or its checkpoint is chosen by a monitored value"
+            )
         rank_zero_info(
             f"MaTSStatsCallback captures {window}; at most"
-            f" {kept * coverage.bytes() / 1e6:.0f} MB of sums:\n{coverage.summary()}"
+            f" {records * coverage.bytes() / 1e6:.0f} MB of sums:\n{coverage.summary()}"
         )
 
     @property
@@ -131,7 +133,15 @@ class FitCapture:
     ) -> "FitCapture":
         """A batch; gives what captures it, another one where other parameters train now."""
         if self._training != _which_train(pl_module):
-            now = FitCapture(self._options, trainer, pl_module, self._restored, self._group, self)
+            now = FitCapture(
+                self._options,
+                trainer,
+                pl_module,
+                self._sums.first,
+                self._restored,
+                self._group,
+                before=self,
+            )
             return now.start(trainer, pl_module, batch, batch_idx)
         self._batches.start(trainer, pl_module, batch, batch_idx)
         self._drop_restored()
@@ -165,6 +175,16 @@ class FitCapture:
         """An exception ends the fit."""
         self._interrupted = True
         self.close()
+
+    def end_training(self, trainer: pl.Trainer) -> None:
+        """No epoch comes any more. Collective."""
+        self._training_ended = True
+        reached = trainer.current_epoch > (self._sums.first or 0)  # it is the next one by now
+        if reached and not self._sums.any_examples(self._group):
+            self._note(
+                "nothing was captured: no batch of the epochs to capture had a finite loss whose"
+                " gradient came to a covered layer"
+            )
 
     def end(self, pl_module: pl.LightningModule) -> None:
         """The weights are as the fit leaves them."""
@@ -258,7 +278,11 @@ class FitCapture:
         self, sums: Accumulation, trainer: pl.Trainer, checkpoint: Mapping[str, Any]
     ) -> Statistics:
         """The sums of all ranks, as they go into a sidecar."""
-        statistics, options = sums.statistics, self._options.batches
+        statistics, options, notes = sums.statistics, self._options.batches, sums.notes
+        rolls = sums.first is None and sums.examples
+        if rolls and in_middle_of(sums.epoch, trainer, self._training_ended):
+            part = f"epoch {sums.epoch} had not ended, {sums.examples:.0f} rows of it count"
+            notes = [*notes, part]
         info = describe(
             sums.coverage,
             statistics,
@@ -272,7 +296,7 @@ class FitCapture:
             every_n_batches=options.every_n_batches,
             max_examples=options.max_examples,
             skipped_batches=sums.skipped_batches,
-            notes=sums.notes,
+            notes=notes,
             **fisher_info(options.sampling),
         )
         return replace(statistics, info=info)

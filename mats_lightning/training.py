@@ -48,7 +48,11 @@ def refuse_unsupported(
 
 
 def first_epoch(trainer: pl.Trainer, last_n_epochs: int) -> int | None:
-    """The first epoch to capture, or None when the last epoch is not known beforehand."""
+    """The first epoch to capture, or None when the last epoch is not known beforehand.
+
+    To be asked at setup: StochasticWeightAveraging raises `max_epochs` in on_fit_start, for an
+    epoch in which only batch normalisation's averages change.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     unknown_end = (
         trainer.max_epochs in (None, -1)
@@ -60,6 +64,12 @@ def first_epoch(trainer: pl.Trainer, last_n_epochs: int) -> int | None:
         return None
     assert trainer.max_epochs is not None
     return max(0, trainer.max_epochs - last_n_epochs)
+
+
+def in_middle_of(epoch: int, trainer: pl.Trainer, ended: bool) -> bool:
+    """Whether it is the latest epoch and not at its last batch, also where training `ended` so."""
+    latest = trainer.current_epoch - ended  # it is the next one when training has ended
+    return epoch == latest and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def averaging_callback(trainer: pl.Trainer) -> Callback | None:

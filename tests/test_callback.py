@@ -578,6 +578,68 @@ def test_the_window_rolls_when_the_end_is_not_known(
     assert epochs.items() <= wanted.items() and epochs["3"] == [2, 3]
 
 
+class Without(Module):
+    """From this epoch on, before this batch of each, a step has no loss, or one that is `value`."""
+
+    def __init__(self, epoch: int, value: float | None = None, batches: int = len(UNEVEN)) -> None:
+        super().__init__(MLP(), lr=0.1)
+        self.epoch, self.value, self.batches = epoch, value, batches
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        if loss is None or self.current_epoch < self.epoch or batch_idx >= self.batches:
+            return loss
+        return None if self.value is None else loss * self.value
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if any(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters()):
+            self.zero_grad()
+
+
+@pytest.mark.parametrize("value", [None, torch.nan])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_an_epoch_without_examples_is_none_of_the_last(
+    kept: int, value: float | None, tmp_path: Path
+) -> None:
+    batches = in_single(vectors(UNEVEN))
+    found: list[Statistics] = []
+    for epochs, steps in ((3, 99), (4, 99), (3, -1)):  # the last one: a window that is known
+        torch.manual_seed(0)
+        callback = MaTSStatsCallback(last_n_epochs=kept)
+        options: dict[str, Any] = {"max_epochs": epochs, "max_steps": steps}
+        trainer = fit(Without(3, value), batches, tmp_path, callback, **options)
+        path = tmp_path / f"{len(found)}.ckpt"
+        trainer.save_checkpoint(path)
+        found.append(load_statistics(path))
+    short, longer, known = found
+    assert_same(longer, short)
+    assert_close(longer.tensors, known.tensors, 1e-5)
+    assert longer.info["epochs"] == short.info["epochs"] == [1, 2][-kept:]
+    assert longer.info["skipped_batches"] == (0 if value is None else len(UNEVEN))
+    assert longer.info["notes"] == []
+
+
+def test_in_a_known_window_too_an_epoch_without_examples_is_not_listed(tmp_path: Path) -> None:
+    callback = MaTSStatsCallback(last_n_epochs=2)
+    fit(Without(2), in_single(vectors(UNEVEN)), tmp_path, callback, max_epochs=3)
+    found = load_statistics(next(tmp_path.rglob("*.ckpt")))
+    assert found.info["epochs"] == [1] and found.examples == sum(UNEVEN)
+
+
+def test_a_fit_in_which_nothing_is_captured_says_so(tmp_path: Path) -> None:
+    batches, path = in_single(vectors()), tmp_path / "end.ckpt"
+    with pytest.warns(UserWarning, match="nothing was captured: no batch of the epochs to capture"):
+        trainer = fit(Without(1), batches, tmp_path, MaTSStatsCallback(), max_epochs=2)
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"holds no examples: .* \(nothing was captured"):
+        load_statistics(path)
+    callbacks = [MaTSStatsCallback(), StopsAtEpoch(0)]  # before the window
+    trainer = fit(Without(0), batches, tmp_path, *callbacks, max_epochs=2)
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"\(last_n_epochs\), or its sums were left out;"):
+        load_statistics(path)
+
+
 def test_a_checkpoint_within_an_epoch_holds_what_there_is(tmp_path: Path) -> None:
     module = Module(MLP())
     callback = MaTSStatsCallback()
@@ -926,6 +988,51 @@ class SavingWithin(L.Callback):
             self.handle.remove()
 
 
+def test_an_epoch_that_is_interrupted_in_its_first_batch_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
+    module, callback = Module(Interrupted(len(UNEVEN))), MaTSStatsCallback()
+    saving = OnExceptionCheckpoint(tmp_path, "broken")
+    options: dict[str, Any] = {"max_epochs": 2, "max_steps": 99, "precision": "64-true"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(module, vectors(UNEVEN), tmp_path, callback, saving, **options)
+    found = load_statistics(tmp_path / "broken.ckpt")
+    module.model = plain = MLP()
+    plain.load_state_dict(
+        {k.removeprefix("model."): t for k, t in state_dict(tmp_path / "broken.ckpt").items()}
+    )
+    assert_equals(found, oracle(module.double(), vectors(UNEVEN)), 1e-9, [])
+    assert found.info["epochs"] == [0]
+
+
+class SavingAtDraw(L.Callback):
+    """As a handler of signals does it: when the draw begins that has this number in the fit."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number = path, number
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+
+    def logits(self, module: Any, batch: Batch) -> Tensor:
+        logits: Tensor = module.model.logits(batch)
+        logits.register_hook(self._save)
+        return logits
+
+    def _save(self, gradient: Tensor) -> None:
+        self.number -= 1
+        if not self.number:
+            self.trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_between_two_draws_has_no_batch_that_is_not_counted(tmp_path: Path) -> None:
+    saving, batches = SavingAtDraw(tmp_path / "within.ckpt", 8), in_single(vectors())
+    callback = MaTSStatsCallback(fisher="sampled", logits_fn=saving.logits, draws=2)
+    fit(Module(MLP()), batches, tmp_path, callback, saving, max_epochs=2, max_steps=99)
+    found = load_statistics(tmp_path / "within.ckpt")
+    assert found.info["epochs"] == [0] and found.examples == 20
+
+
 def test_a_checkpoint_within_a_backward_pass_has_no_part_of_a_batch(tmp_path: Path) -> None:
     module, callback = Module(MLP()), MaTSStatsCallback()
     saving = SavingWithin(tmp_path / "within.ckpt", 1)
@@ -934,6 +1041,24 @@ def test_a_checkpoint_within_a_backward_pass_has_no_part_of_a_batch(tmp_path: Pa
     with pytest.raises(ValueError, match=r"holds no examples: .* the middle of a backward pass"):
         load_statistics(tmp_path / "within.ckpt")
     assert_equals(callback.statistics, oracle(module, vectors()), 1e-9, [])  # the fit goes on
+
+
+def test_a_checkpoint_within_the_first_batch_of_an_epoch_has_the_epoch_before(
+    tmp_path: Path,
+) -> None:
+    class InLastEpoch(SavingWithin):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                super().on_train_batch_start(trainer, *args)
+
+    module, callback = Module(MLP()), MaTSStatsCallback()
+    saving = InLastEpoch(tmp_path / "within.ckpt", 0)
+    options: dict[str, Any] = {"max_epochs": 2, "max_steps": 99}
+    fit(module, vectors(), tmp_path, callback, saving, precision="64-true", **options)
+    found = load_statistics(tmp_path / "within.ckpt")
+    assert_equals(found, oracle(module, vectors()), 1e-9, [])
+    assert found.info["epochs"] == [0]
+    assert "in the middle of a backward pass" in found.info["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -1097,6 +1222,37 @@ def test_a_resumed_run_has_the_statistics_of_an_uninterrupted_one(
         wanted, found = load_statistics(path), load_statistics(tmp_path / "resumed" / path.name)
         assert_same(found, wanted)
         assert found.info == wanted.info
+
+
+@pytest.mark.parametrize("step", [5, 6, 8, 9])
+def test_a_fit_resumes_in_an_epoch_that_has_no_examples_yet(step: int, tmp_path: Path) -> None:
+    """Epoch 1 has them from its fourth batch on, which is step 9."""
+
+    def run(folder: str, *callbacks: L.Callback, ckpt_path: Path | None = None) -> None:
+        torch.manual_seed(0)
+        every = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = (MaTSStatsCallback(max_examples=4), every, *callbacks)
+        data = StatefulLoader(in_single(vectors(UNEVEN)))
+        module = Without(1, batches=3)
+        options: dict[str, Any] = {"max_epochs": 2, "max_steps": 99}
+        fit(module, data, tmp_path, *callbacks, ckpt_path=ckpt_path, **options)
+
+    run("whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        run("crashed", BeforeBatch(step))
+    run("resumed", ckpt_path=tmp_path / "crashed" / f"step={step}.ckpt")
+    for n in range(step + 1, 11):
+        wanted = load_statistics(tmp_path / "whole" / f"step={n}.ckpt")
+        found = load_statistics(tmp_path / "resumed" / f"step={n}.ckpt")
+        assert_same(found, wanted)
+        assert found.info == wanted.info and found.info["epochs"] == [int(n >= 9)]
+
+
+class BeforeBatch(Crash):
+    """Also where no step has a loss, so that no gradient is ever set to zero."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.on_before_zero_grad(trainer)
 
 
 class Unsized(StatefulLoader):
@@ -1410,6 +1566,38 @@ def test_averaged_weights_are_noted(averaging: Callable[[], L.Callback], tmp_pat
     found = load_statistics(path)
     assert name in found.info["notes"][0]
     check_belongs(found, state_dict(path), "it")  # the weights that were saved
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize(
+    "others",
+    [
+        list,
+        lambda: [Unfreezing(1)],  # the callback begins anew, when max_epochs has been raised
+        lambda: [EarlyStopping("val_loss", patience=9)],
+    ],
+)
+def test_the_epoch_that_averaging_adds_for_batch_normalisation_is_not_captured(
+    others: Callable[[], list[L.Callback]], kept: int, tmp_path: Path
+) -> None:
+    """In whatever order the callbacks are."""
+    found: list[Statistics] = []
+    for swa_first in (True, False):
+        torch.manual_seed(0)
+        callbacks = [StochasticWeightAveraging(0.1, 1), MaTSStatsCallback(last_n_epochs=kept)]
+        callbacks = [*others(), *(callbacks if swa_first else callbacks[::-1])]
+        options: dict[str, Any] = {"max_epochs": 3, "validate": in_single(vectors(seed=9))}
+        trainer = fit(Module(Normalised()), in_single(vectors()), tmp_path, *callbacks, **options)
+        assert trainer.current_epoch == 4
+        path = tmp_path / f"{len(found)}.ckpt"
+        trainer.save_checkpoint(path)
+        found.append(load_statistics(path))
+        assert found[-1].info["epochs"] == [1, 2][-kept:] and found[-1].examples == kept * 10
+        assert [note.split()[0] for note in found[-1].info["notes"]] == [
+            "StochasticWeightAveraging",
+            "batch",
+        ]
+    assert_same(*found)
 
 
 def test_what_is_covered_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

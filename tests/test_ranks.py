@@ -94,6 +94,14 @@ class Loud(Module):
         return super().loss(batch) * (1e6 if batch["way"] == "loud" else 1)
 
 
+class LoudAtLast(Loud):
+    """On rank 0, in epoch 1."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        loud = self.current_epoch == 1 and self.global_rank == 0
+        return super().loss({**batch, "way": "loud" if loud else ""})
+
+
 SHARING = ways("together", "k alone", "together", "v alone", "k drops out", "without v")
 FLAT = ways(*["plain", "flat"] * 3)
 LOUD = in_single(ways("", "loud", "", "loud", "", "loud"))  # all of rank 1
@@ -177,7 +185,14 @@ def noted(folder: Path, rank: int) -> None:
 
 def skipped(folder: Path, rank: int) -> None:
     options = {"precision": None, "plugins": [half_precision()]}
-    together(Loud(MLP()), dealt(LOUD, rank), folder, MaTSStatsCallback(), **options)
+    trainer = together(Loud(MLP()), dealt(LOUD, rank), folder, MaTSStatsCallback(), **options)
+    trainer.save_checkpoint(folder / "after.ckpt")
+
+
+def skipped_at_last(folder: Path, rank: int) -> None:
+    """One of the ranks has no examples of the last epoch."""
+    options = {"precision": None, "plugins": [half_precision()], "max_epochs": 2, "max_steps": 99}
+    together(LoudAtLast(MLP()), dealt(LOUD, rank), folder, MaTSStatsCallback(), **options)
 
 
 def manual(folder: Path, rank: int) -> None:
@@ -222,8 +237,8 @@ def interrupted(folder: Path, rank: int) -> None:
 
 
 FITS: list[Callable[[Path, int], None]] = [
-    accumulated, padded, shared, flattened, noted, skipped, manual, bounded, last, resumed,
-    resumed_bounded, interrupted,
+    accumulated, padded, shared, flattened, noted, skipped, skipped_at_last, manual, bounded, last,
+    resumed, resumed_bounded, interrupted,
 ]  # fmt: skip
 
 
@@ -304,11 +319,25 @@ def test_what_one_rank_has_noted_is_noted(left: Path) -> None:
 
 
 def test_what_one_rank_has_skipped_is_counted(left: Path) -> None:
-    (path,) = (left / "skipped").rglob("*.ckpt")
-    module, found = Loud(MLP()), only(left / "skipped")
+    paths = list((left / "skipped").rglob("*.ckpt"))
+    assert len(paths) == 2
+    for path in paths:
+        module, found = Loud(MLP()), load_statistics(path)
+        module.load_state_dict(state_dict(path))
+        wanted = oracle(module, LOUD[::2])
+        assert found.info["skipped_batches"] == 3 and found.examples == wanted.examples
+        assert found.info["notes"] == []  # not that the other rank has no examples
+        assert largest_distance(found, wanted) < 0.005
+
+
+def test_an_epoch_of_which_one_rank_has_no_examples(left: Path) -> None:
+    """That rank keeps its examples of the epoch before, which the others have dropped."""
+    (path,) = (left / "skipped_at_last").rglob("*.ckpt")
+    module, found = Module(MLP()), only(left / "skipped_at_last")
     module.load_state_dict(state_dict(path))
-    wanted = oracle(module, LOUD[::2])
-    assert found.info["skipped_batches"] == 3 and found.examples == wanted.examples
+    wanted = oracle(module, LOUD[1::2])
+    assert found.info["epochs"] == [1] and found.info["skipped_batches"] == 3
+    assert found.examples == wanted.examples
     assert largest_distance(found, wanted) < 0.005
 
 

@@ -130,6 +130,7 @@ class Way:
     counted: Callable[[list[Batch]], list[Batch]] = every
     callback: dict[str, Any] = field(default_factory=dict)
     others: Callable[[], list[L.Callback]] = list
+    notes: list[str] = field(default_factory=list)
 
 
 WAYS: dict[str, Way] = {
@@ -144,12 +145,18 @@ WAYS: dict[str, Way] = {
         {"limit_train_batches": 3, "accumulate_grad_batches": 2}, counted=lambda b: b[:3]
     ),
     "max_steps in mid-epoch": Way(
-        {"max_steps": 8, "max_epochs": None}, counted=lambda b: b[:3], callback={}
+        {"max_steps": 8, "max_epochs": None},
+        counted=lambda b: b[:3],
+        notes=["epoch 1 had not ended, 12 rows of it count"],
     ),
     "max_steps over epochs": Way(
         {"max_steps": 8, "max_epochs": None},
         counted=lambda b: b + b[:3],
         callback={"last_n_epochs": 2},
+        notes=["epoch 1 had not ended, 12 rows of it count"],
+    ),
+    "max_steps at an epoch's end": Way(
+        {"max_steps": 10, "max_epochs": None},
     ),
     "early stopping": Way(
         {"max_epochs": 9}, others=lambda: [EarlyStopping("val_loss", patience=1)]
@@ -216,7 +223,7 @@ def test_statistics_are_exact(name: str, tmp_path: Path) -> None:
     assert_equals(callback.statistics, wanted, 1e-9, [])
     newest = max(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     info = load_statistics(newest).info
-    assert info["notes"] == []
+    assert info["notes"] == way.notes
     assert info["every_n_batches"] == way.callback.get("every_n_batches", 1)
     assert info["max_examples"] == way.callback.get("max_examples")
 

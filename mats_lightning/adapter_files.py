@@ -13,6 +13,8 @@ from mats_lightning.names import plain_name
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAME = "default"  # under which peft loads an adapter that is given no other name
+# components of the names of what a PeftModel has beside it, under its adapter
+BELOW = frozenset({"base_layer", "original_module"})
 DORA = "lora_magnitude_vector"  # a module, of which peft's file has the one parameter alone
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")  # of a whole model
 # attribute of peft's configuration inside of a module: what it was before a merge changed it

@@ -91,7 +91,7 @@ def _export_adapter(
 
 
 def _head(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The task's head: of the merged adapter's `state`, and outside of the model below it."""
+    """The task's head, of its `state`; and what else lies outside of the model below."""
     own = {name: tensor for name, tensor in state.items() if task.owns(name)}
     for key, tensor in task.module.state_dict().items():
         if (name := plain_name(key)) not in own and not name.startswith(task.prefix):

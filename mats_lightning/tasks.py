@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from mats_lightning.adapter_files import (
     ADAPTER_NAME,
     AS_BUILT,
+    BELOW,
     adapter_config,
     adapter_configs,
     is_adapter,
@@ -50,8 +51,8 @@ class Task:
         module: the LightningModule that evaluates it; its weights are replaced.
         checkpoint: of the fine-tuned model: a Lightning .ckpt, a .safetensors file, or a
             Hugging Face folder (then `prefix` is what precedes its names in the module). Or the
-            folder of a peft adapter: what lies below it, and heads outside of it, are as they are
-            in `module`, and take no part in a merge.
+            folder of a peft adapter: what lies below it is as it is in `module`, and takes no part
+            in a merge; a head outside of it is the one that `module` has when the Task is made.
         data: a LightningDataModule, or a DataLoader for test and validation alike.
         metric: the primary metric, by the name under which test_step and validation_step log it.
         head: prefixes of the parameters that belong to the task alone.
@@ -71,11 +72,26 @@ class Task:
     statistics: str | os.PathLike[str] | Statistics | None = None
     prefix: str = ""
 
+    def __post_init__(self) -> None:
+        # copies, for a merge and fits put other values into the module
+        self._head_in_module = self._head_now() if is_adapter(self.checkpoint) else {}
+
+    def _head_now(self) -> dict[str, Tensor]:
+        """The head as it is in the module, but for what is an adapter's or below one."""
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for key, value in self.module.state_dict().items()
+            if self.owns(name := plain_name(key))
+            and isinstance(value, Tensor)
+            and not {ADAPTER_NAME, *BELOW} & set(name.split("."))
+        }
+
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """The fine-tuned model's weights, read lazily; names and shapes fit the module.
 
-        Of a tied parameter, a checkpoint may hold one name alone.
+        Of a tied parameter, a checkpoint may hold one name alone. With an adapter's own are those
+        of a head outside of it.
 
         Raises FileNotFoundError without a checkpoint, ValueError for one that cannot be read or
         is of another architecture.
@@ -111,7 +127,9 @@ class Task:
                     f" {self.checkpoint}, {type(self.module).__name__} has {tuple(shape)}: build"
                     " the module with the sizes that it was trained with"
                 )
-        return weights
+        head = self._head_in_module.items()
+        outside = {n: t for n, t in head if n not in weights and self.owns(n)}
+        return WithHead(weights, outside) if outside else weights
 
     def _check_adapter(self) -> None:
         """The same factors mean something else under another scaling.
@@ -286,6 +304,17 @@ def _plain(value: Any) -> Any:
 
 def _begins(parameter: str, prefix: str) -> bool:
     return parameter == prefix or parameter.startswith(f"{prefix}.")
+
+
+class WithHead(Lazy[Tensor]):
+    """An adapter's weights, read as they are, and a head that lies outside of it."""
+
+    def __init__(self, weights: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
+        super().__init__([*weights, *head])
+        self._weights, self._head = weights, head
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._head[name] if name in self._head else self._weights[name]
 
 
 class Part(Lazy[Tensor]):

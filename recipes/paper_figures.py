@@ -18,7 +18,7 @@ from mats_lightning.files import write_atomically
 from mats_lightning.report import relative
 
 STYLES = ("--", "-", ":", "-.")  # of the solvers, in their order
-MARKERS = "os^DvPX<>pdh8"
+MARKERS = "os^DvPX<>pdh1234"
 
 
 def write_figures(

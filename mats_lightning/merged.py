@@ -71,8 +71,8 @@ class Merged:
             if name in self._states and task in part.tasks:
                 put |= self._states[name][self.in_use].state_dict
         put |= self._heads.get(task, {})
-        assert put.keys() <= set(own.weights)
-        return {name: put[name] if name in put else own.weights[name] for name in own.weights}
+        names = dict.fromkeys([*own.weights, *put])
+        return {name: put[name] if name in put else own.weights[name] for name in names}
 
     def adapter_of(self, task: str) -> Lora | None:
         """The LoRA adapter of one task's model, where its checkpoint is one, with what is merged.

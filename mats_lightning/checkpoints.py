@@ -25,6 +25,7 @@ from mats_lightning.adapter_files import (
     is_adapter,
     names_in_model,
 )
+from mats_lightning.files import write_atomically
 from mats_lightning.lazy import Lazy
 from mats_lightning.names import plain_name
 
@@ -82,6 +83,11 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     # clones, for save_file refuses tensors that share memory
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(own, file, metadata={"format": "pt"})
+
+
+def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """The same, written to a temporary name and renamed."""
+    write_atomically(Path(path), lambda file: save_weights(state, file))
 
 
 class SafetensorsWeights(Lazy[Tensor]):

@@ -183,3 +183,15 @@ class TaskEvaluation(pl.LightningModule):
         if self._individual is not None:
             individual = {name: self._individual[name] for name in scores}
             self.log("relative", relative(scores, individual))
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    """Its own tables and files aside. What a module keeps of a validation can train afterwards."""
+    return pl.Trainer(
+        **{"devices": 1, **options},
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        inference_mode=False,
+    )

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mats_lightning.checkpoints import load_weights, save_weights
+from mats_lightning.checkpoints import load_weights, save_state
 from mats_lightning.collect import collect_statistics
-from mats_lightning.files import write_atomically
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.names import plain_name
 from mats_lightning.passes import training_alone
@@ -156,8 +155,3 @@ def _only(
             f" ({len(missing)} such names): give the checkpoints that were merged"
         )
     return Part(theta, list(merged), torch.device("cpu"))
-
-
-def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """A safetensors file, written to a temporary name and renamed."""
-    write_atomically(Path(path), lambda file: save_weights(state, file))

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,7 +24,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from mats_lightning.evaluation import quiet_trainer
 from mats_lightning.joint_training import which_train
+from mats_lightning.judge import Judge
 from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
@@ -37,7 +38,7 @@ from mats_lightning.sampled import LogitsFn
 from mats_lightning.sidecar import name_of
 from mats_lightning.statistics import Statistics
 from mats_lightning.statistics.digest import digest
-from mats_lightning.task_rounds import TaskRounds, quiet_trainer
+from mats_lightning.task_rounds import TaskRounds
 from mats_lightning.tasks import Part
 
 
@@ -115,9 +116,14 @@ class _Refresh:
         self.module, self.plan, self.trainer = module, plan, trainer
         self.device = trainer.strategy.root_device
         self.heads: dict[str, State] = {}  # that were fitted to them
-        self.losses: dict[str, float] = {}  # of the last validation, where losses judge
         self.evidence = MergeResult({})  # how the solves of the state went
         self.tasks = tasks
+        self.judge = Judge(
+            module,
+            trainer,
+            tasks.loss_fn_of if plan.judge == "loss" else None,
+            tasks.statistics_options.get("batch_size_fn"),
+        )
         module.merge(self.device, progress)
         # the merged parameters, after the rounds that are done
         self.state = self._in_modules_dtypes(module.shared_state())
@@ -152,14 +158,16 @@ class _Refresh:
         """What decides the rounds beside the plan and the merge: a folder is of these alone."""
         merged_heads = self.module.own_heads()
         options = {name: name_of(value) for name, value in self.tasks.statistics_options.items()}
+        functions = {"logits_fn": self.tasks.logits_fn, "loss_fn": self.tasks.loss_fn}
         return {
             name: {
                 "metric": task.metric,
                 "weight": self.module.task_weights[name],
                 "head": digest({n: task.weights[n] for n in merged_heads.get(name, ())}),
                 "rows": self.tasks.choice[name],
-                "number of validation batches": self.tasks.validated(name),
+                "number of validation batches": self.judge.batches(name),
                 "statistics_options": options,
+                **{name: name_of(function) for name, function in functions.items()},
             }
             for name, task in self.module.tasks.items()
         }
@@ -204,19 +212,19 @@ class _Refresh:
 
     def _round_0(self) -> Round:
         """The merge; its heads are then fitted."""
-        seconds = {"heads": 0.0, "validation": self._validate()}
+        seconds = {"heads": 0.0, "validation": self.judge.validate()}
         tried: dict[str, float] = {}
         fitted: dict[str, int] = {}
         if self.plan.heads:
-            tried["0"] = self._judged()
+            tried["0"] = self.judge.judged
             fitted, seconds["heads"] = self._fit_heads([])
-            seconds["validation"] += self._validate()
+            seconds["validation"] += self.judge.validate()
             self.heads = self._fitted(fitted)
-            judge = "losses " if self.losses else ""
-            rank_zero_info(
-                f"refresh, heads: {judge}{tried['0']:.4f} -> {self._judged():.4f} on validation"
-            )
-        return Round(0, 0.0, dict(self.module.scores), tried, seconds, fitted, self.losses)
+            what = "losses " if self.judge.losses else ""
+            now = self.judge.judged
+            rank_zero_info(f"refresh, heads: {what}{tried['0']:.4f} -> {now:.4f} on validation")
+        scores = dict(self.module.scores)
+        return Round(0, 0.0, scores, tried, seconds, fitted, self.judge.losses)
 
     def _round(self, number: int, before: list[Round]) -> Round:
         """One round from `self.state`, which is then that after it, like `self.heads`."""
@@ -233,10 +241,10 @@ class _Refresh:
             if self.plan.heads:
                 fitted, took = self._fit_heads(before)
                 seconds["heads"] += took
-            seconds["validation"] += self._validate()
-            scores = dict(self.module.scores)
-            tried[str(step)] = self._judged()
-            done = Round(number, step, scores, tried, seconds, fitted, self.losses)
+            seconds["validation"] += self.judge.validate()
+            scores, losses = dict(self.module.scores), self.judge.losses
+            tried[str(step)] = self.judge.judged
+            done = Round(number, step, scores, tried, seconds, fitted, losses)
             if done.is_no_worse(before[-1]):
                 self.state, self.evidence = state, result
                 self.heads = self._fitted(fitted)
@@ -284,10 +292,6 @@ class _Refresh:
             weights=list(self.module.task_weights.values()),
         )
 
-    def _judged(self) -> float:
-        """The number that decides."""
-        return mean((self.losses or self.module.scores).values())
-
     def _fitted(self, names: Iterable[str]) -> dict[str, State]:
         """Their heads, as they are."""
         heads = self.module.own_heads()
@@ -296,28 +300,9 @@ class _Refresh:
     def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
         """To the weights in place: task -> iterations; the seconds."""
         started = time.perf_counter()
-        fitted, heads = self.tasks.fit_heads()
+        fitted, heads = self.tasks.fit_heads(self.judge.score)
         self.module.replace_heads(heads, self._how(rounds))
         return fitted, time.perf_counter() - started
-
-    def _validate(self) -> float:
-        """Puts the scores into the module and takes the losses; the seconds that it took."""
-        started = time.perf_counter()
-        self.module.scores = {}
-        loop = self.trainer.validate_loop
-        usual, loop.inference_mode = loop.inference_mode, False  # tensors that it leaves must train
-        try:
-            self.trainer.validate(self.module, verbose=False)
-        finally:
-            loop.inference_mode = usual
-        if not self.module.scores:
-            raise ValueError(
-                "validation has run no batch, and it decides what a refresh keeps: give the tasks"
-                " validation rows, and a trainer without limit_val_batches=0"
-            )
-        if self.plan.judge == "loss":
-            self.losses = self.tasks.losses()
-        return time.perf_counter() - started
 
     def _keep(self, rounds: list[Round]) -> None:
         self.folder.keep(asdict(self.plan), self.about_tasks, rounds, self.state, self.heads)

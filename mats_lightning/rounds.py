@@ -12,9 +12,8 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-from mats_lightning.checkpoints import load_weights
+from mats_lightning.checkpoints import load_weights, save_state
 from mats_lightning.files import write_text
-from mats_lightning.measuring import save_state
 from mats_lightning.merging.models import Weights
 from mats_lightning.sidecar import SUFFIX
 
@@ -183,9 +182,7 @@ class Folder:
         return found
 
     def sidecar(self, number: int, task: str) -> Path:
-        folder = self.path / "statistics"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{number}-{quote(task, safe='')}{SUFFIX}"
+        return self.path / "statistics" / f"{number}-{quote(task, safe='')}{SUFFIX}"
 
     def remove_sidecars(self, before: int) -> None:
         """Those of the rounds before this one."""

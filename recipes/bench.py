@@ -12,7 +12,7 @@ from steps import Steps
 from torch import Tensor
 
 from mats_lightning import MergeModule, Task
-from mats_lightning.task_rounds import quiet_trainer
+from mats_lightning.evaluation import quiet_trainer
 
 
 class Bench:

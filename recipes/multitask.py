@@ -36,6 +36,7 @@ from train_tasks import (
 )
 
 from mats_lightning import MergeModule
+from mats_lightning.evaluation import quiet_trainer
 from mats_lightning.report import (
     INDIVIDUAL,
     Row,
@@ -45,7 +46,6 @@ from mats_lightning.report import (
     write_csv,
     write_markdown,
 )
-from mats_lightning.task_rounds import quiet_trainer
 
 
 def main(args: Sequence[str] | None = None) -> list[Row]:

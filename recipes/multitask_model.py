@@ -18,7 +18,7 @@ from train_tasks import COMMON, TrainedTask, folder_of, task_module, train
 from typing_extensions import override
 
 from mats_lightning.checkpoints import load_weights
-from mats_lightning.task_rounds import quiet_trainer
+from mats_lightning.evaluation import quiet_trainer
 
 TaskBatch = tuple[int, Batch]  # the number of the task, and a batch of its own
 Data = Mapping[TaskOptions, LabelledData]

@@ -31,8 +31,8 @@ from train_tasks import statistics_callback, task_module
 from typing_extensions import override
 
 from mats_lightning import RefreshPlan
+from mats_lightning.evaluation import quiet_trainer
 from mats_lightning.methods import REFERENCES
-from mats_lightning.task_rounds import quiet_trainer
 
 Measured = dict[str, float]  # flops, seconds
 

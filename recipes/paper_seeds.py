@@ -29,8 +29,8 @@ from train_tasks import (
 )
 
 from mats_lightning import Task, collect_statistics, save_statistics
+from mats_lightning.evaluation import quiet_trainer
 from mats_lightning.sidecar import sidecar_path, versions
-from mats_lightning.task_rounds import quiet_trainer
 
 
 class Suite:

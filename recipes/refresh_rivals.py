@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from mats_lightning import MergeModule, RefreshPlan, Task
 from mats_lightning.batches import first_rows
-from mats_lightning.task_rounds import quiet_trainer
+from mats_lightning.evaluation import quiet_trainer
 
 WARM_UP = 0.1  # of all steps, or of the time
 

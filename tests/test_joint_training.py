@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mats_lightning import RefreshPlan, Task, refresh
 from mats_lightning.joint_training import train_together
+from mats_lightning.judge import Judge
 from mats_lightning.task_rounds import TaskRounds
 
 __all__ = ["suite"]  # a fixture
@@ -423,14 +424,8 @@ def test_losses_judge_in_place_of_scores(
     """Whatever the scores do; and a round that is taken back keeps the loss before it."""
 
     def giving(*averages: float) -> None:
-        left = list(averages)
-
-        def losses(self: TaskRounds) -> dict[str, float]:
-            value = left.pop(0)
-            names = list(self.module.tasks)
-            return dict.fromkeys(names, value) | {names[0]: value - 0.3, names[1]: value + 0.3}
-
-        monkeypatch.setattr(TaskRounds, "losses", losses)
+        left = [average + apart for average in averages for apart in (-0.3, 0.3, 0.0, 0.0, 0.0)]
+        monkeypatch.setattr(Judge, "_loss", lambda *arguments: left.pop(0))
 
     options: dict[str, Any] = {"by": way, "judge": "loss", "rows": 48, "folder": tmp_path}
     giving(1.0, 1.5, 0.9)

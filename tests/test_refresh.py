@@ -26,7 +26,7 @@ from mats_lightning import (
 )
 from mats_lightning.batches import first_rows
 from mats_lightning.checkpoints import load_weights, save_weights
-from mats_lightning.refresh import _Refresh
+from mats_lightning.judge import Judge
 from mats_lightning.rounds import Folder, Round
 from mats_lightning.task_rounds import with_older
 
@@ -87,12 +87,12 @@ def taking(monkeypatch: pytest.MonkeyPatch, *averages: float) -> list[State]:
     """Validation gives these averages, one after the other; the weights that it saw."""
     left, seen = list(averages), []
 
-    def validate(self: _Refresh) -> float:
+    def validate(self: Judge) -> float:
         seen.append({name: t.clone() for name, t in self.module.shared_state().items()})
         self.module.scores = dict.fromkeys(self.module.tasks, left.pop(0))
         return 0.5
 
-    monkeypatch.setattr(_Refresh, "_validate", validate)
+    monkeypatch.setattr(Judge, "validate", validate)
     return seen
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mats_lightning import MergeModule, RefreshPlan, refresh, task_rounds
 from mats_lightning.checkpoints import load_weights, save_weights
 from mats_lightning.heads import HeadFit, fit_head
-from mats_lightning.refresh import _Refresh
+from mats_lightning.judge import Judge
 from mats_lightning.task_rounds import TaskRounds
 
 __all__ = ["pytestmark", "suite"]  # what a test module has: the warnings, a fixture
@@ -112,7 +112,7 @@ def test_each_step_has_heads_of_its_own(suite: Suite, monkeypatch: pytest.Monkey
     # the merge, its heads; a worse step, half of it
     seen = taking(monkeypatch, 0.5, 0.6, 0.4, 0.7)
     scores = itertools.count()  # the last candidate wins
-    monkeypatch.setattr(TaskRounds, "_score", lambda self, task: float(next(scores)))
+    monkeypatch.setattr(Judge, "score", lambda self, task: float(next(scores)))
     rounds = refreshed(module, rounds=1, heads=(5,), rows=20)
     assert [done.tried for done in rounds] == [{"0": 0.5}, {"1.0": 0.4, "0.5": 0.7}]
     assert rounds[1].heads == {"log": 5, "dict": 5}
@@ -209,7 +209,7 @@ def test_an_interrupted_round_leaves_nothing_behind(
         if (what, calls[what]) == (where, call):
             raise error
 
-    def validate(self: _Refresh) -> float:
+    def validate(self: Judge) -> float:
         counted("validation")
         best[0] += 0.1
         self.module.scores = dict.fromkeys(names, best[0])
@@ -227,7 +227,7 @@ def test_an_interrupted_round_leaves_nothing_behind(
 
     best, whole, module = [0.0], merged(suite, *names), merged(suite, *names)
     with monkeypatch.context() as patch:
-        patch.setattr(_Refresh, "_validate", validate)
+        patch.setattr(Judge, "validate", validate)
         patch.setattr(task_rounds, "fit_head", fitted)
         with pytest.raises(error):
             refreshed(module, folder=tmp_path / "cut", **plan)
@@ -296,7 +296,7 @@ def test_both_names_of_a_parameter_in_a_head_are_fitted(
 
     monkeypatch.setattr(task_rounds, "fit_head", noted)
     scores = itertools.count()  # the last candidate wins
-    monkeypatch.setattr(TaskRounds, "_score", lambda self, task: float(next(scores)))
+    monkeypatch.setattr(Judge, "score", lambda self, task: float(next(scores)))
     refreshed(module, rounds=0, heads=(5,), rows=20)
     for name, fit in zip(names, fits, strict=True):
         assert set(fit.state) == {"head.a.weight", "head.a.bias", "head.b.weight"}

@@ -1,8 +1,9 @@
 """Training of what tasks share, on their batches in turn: the other way of a refresh to step."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -13,6 +14,7 @@ from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn, evaluating, loss_of, to_device
 from mats_lightning.tied import tied_names
 
+Owner = TypeVar("Owner")
 WARM_UP = 0.1  # of all steps
 HALF = (torch.float16, torch.bfloat16)
 
@@ -81,7 +83,8 @@ def train_together(
         steps = epochs * sum(map(len, sized.values()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _share(n, steps))
         mean = sum(weights[task] for task in modules) / len(modules)
-        order = _order(sized, epochs, seed)
+        generator = torch.Generator().manual_seed(seed)
+        order = chain.from_iterable(in_turn(sized, generator) for _ in range(epochs))
         for index, (task, batch) in enumerate(
             track(order, "training together", total=steps, disable=not progress, transient=True)
         ):
@@ -173,12 +176,12 @@ def _share(step: int, steps: int) -> float:
     return min(done / WARM_UP, max(0.0, 1 - step / steps))
 
 
-def _order(batches: Mapping[str, Any], epochs: int, seed: int) -> Iterator[tuple[str, Any]]:
-    """All batches of each epoch, each once, tasks in a random order."""
-    generator = torch.Generator().manual_seed(seed)
-    tasks: Sequence[str] = list(batches)
-    owners = torch.repeat_interleave(torch.tensor([len(batches[task]) for task in tasks]))
-    for _ in range(epochs):
-        loaders = {task: iter(batches[task]) for task in tasks}
-        for number in owners[torch.randperm(len(owners), generator=generator)].tolist():
-            yield tasks[number], next(loaders[tasks[number]])
+def in_turn(
+    batches: Mapping[Owner, Any], generator: torch.Generator | None = None
+) -> Iterator[tuple[Owner, Any]]:
+    """Each batch of each once, with whose it is; whose turn it is is drawn (`generator`)."""
+    owners = list(batches)
+    turns = torch.repeat_interleave(torch.tensor([len(batches[owner]) for owner in owners]))
+    loaders = {owner: iter(batches[owner]) for owner in owners}
+    for number in turns[torch.randperm(len(turns), generator=generator)].tolist():
+        yield owners[number], next(loaders[owners[number]])

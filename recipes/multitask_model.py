@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from mats_lightning.checkpoints import load_weights
 from mats_lightning.evaluation import quiet_trainer
+from mats_lightning.joint_training import in_turn
 
 TaskBatch = tuple[int, Batch]  # the number of the task, and a batch of its own
 Data = Mapping[TaskOptions, LabelledData]
@@ -95,11 +96,7 @@ class Interleaved:
 
     def __iter__(self) -> Iterator[TaskBatch]:
         """Nothing is drawn before the first batch: that is after on_train_epoch_start."""
-        counts = torch.tensor([len(loader) for loader in self.loaders])
-        owners = torch.repeat_interleave(counts)  # 0, 0, 0, 1, 1, ...: each batch's loader
-        batches = [iter(loader) for loader in self.loaders]
-        for number in owners[torch.randperm(len(owners))].tolist():
-            yield number, next(batches[number])
+        yield from in_turn(dict(enumerate(self.loaders)))
 
 
 class MultitaskData(L.LightningDataModule):

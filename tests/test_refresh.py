@@ -297,6 +297,8 @@ def test_another_refresh_in_the_folder_is_refused(
         refreshed(merged(suite, iterations=1), folder=tmp_path)
     with pytest.raises(ValueError, match="has another statistics_options"):
         refreshed(merged(suite), folder=tmp_path, statistics_options={"loss_reduction": "sum"})
+    with pytest.raises(ValueError, match="has another logits_fn"):
+        refreshed(merged(suite), folder=tmp_path, logits_fn=logits_of)
 
 
 def test_a_merge_that_differs_by_rounding_goes_on_with_what_is_kept(

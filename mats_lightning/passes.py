@@ -17,6 +17,10 @@ from mats_lightning.names import plain_name
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
+class NotFinite(ValueError):
+    """A loss that is no number, as of weights that a step has destroyed."""
+
+
 def loss_of(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
     """Raises ValueError for one that is no scalar with a gradient, or not finite."""
     loss = value_of_loss(model, batch, index, loss_fn)
@@ -59,7 +63,7 @@ def call_step(step: Callable[..., Any], batch: Any, index: int) -> Any:
 
 def check_finite(loss: Tensor, index: int) -> None:
     if not torch.isfinite(loss).all():
-        raise ValueError(
+        raise NotFinite(
             f"the loss of batch {index} is {loss.tolist()}, which would spoil all sums: look for"
             " rows without a label (all -100) or weights that are not finite"
         )

@@ -10,6 +10,7 @@ labels it takes what the task's own model predicts, unless it is told to use the
 (labels="data"). `measuring` has the two halves of a round for parties that do not share their rows.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ from mats_lightning.merging import MergeResult, refresh_step
 from mats_lightning.merging.models import names_with
 from mats_lightning.module import MergeModule
 from mats_lightning.names import plain_name
-from mats_lightning.passes import LossFn
+from mats_lightning.passes import LossFn, NotFinite
 from mats_lightning.refresh_plan import RefreshPlan, check_arguments
 from mats_lightning.rounds import Folder, Round, State, last_kept
 from mats_lightning.sampled import LogitsFn
@@ -238,17 +239,21 @@ class _Refresh:
             self.module.replace_shared(replace(result, state_dict=state), how)
             self.module.replace_heads(self.heads, how)
             fitted: dict[str, int] = {}
-            if self.plan.heads:
-                fitted, took = self._fit_heads(before)
-                seconds["heads"] += took
-            seconds["validation"] += self.judge.validate()
-            scores, losses = dict(self.module.scores), self.judge.losses
-            tried[str(step)] = self.judge.judged
-            done = Round(number, step, scores, tried, seconds, fitted, losses)
-            if done.is_no_worse(before[-1]):
-                self.state, self.evidence = state, result
-                self.heads = self._fitted(fitted)
-                return done
+            try:
+                if self.plan.heads:
+                    fitted, took = self._fit_heads(before)
+                    seconds["heads"] += took
+                seconds["validation"] += self.judge.validate()
+            except NotFinite:  # the step has destroyed the model
+                tried[str(step)] = math.nan
+            else:
+                scores, losses = dict(self.module.scores), self.judge.losses
+                tried[str(step)] = self.judge.judged
+                done = Round(number, step, scores, tried, seconds, fitted, losses)
+                if done.is_no_worse(before[-1]):
+                    self.state, self.evidence = state, result
+                    self.heads = self._fitted(fitted)
+                    return done
             step /= 2
         return replace(before[-1], number=number, step=0.0, tried=tried, seconds=seconds)
 

@@ -28,7 +28,8 @@ class Round:
     number: int
     step: float  # that was taken; 0 where every one that was tried made validation worse
     scores: dict[str, float]  # task -> primary metric on validation, after the round
-    tried: dict[str, float]  # step -> what judges, a mean; "0" is the merge with its own heads
+    # step -> what judges, a mean, or NaN; "0" is the merge with its own heads
+    tried: dict[str, float]
     # statistics, solve (or training), heads, validation
     seconds: dict[str, float] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)  # task -> iterations, where one was fitted

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from mats_lightning.passes import NotFinite
 from mats_lightning.tasks import Task
 
 TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -39,6 +40,7 @@ def on_device(task: Task, trainer: pl.Trainer) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"task '{task.name}': {error}") from error
+            kind = NotFinite if isinstance(error, NotFinite) else ValueError
+            raise kind(f"task '{task.name}': {error}") from error
         finally:
             task.module.cpu()

@@ -131,7 +131,7 @@ ALLOWED: dict[str, set[str]] = {
         "statistics",
     },
     "joint_training": {"names", "passes", "tied"},
-    "task_modules": {"tasks"},
+    "task_modules": {"passes", "tasks"},
     "judge": {"batches", "evaluation", "module", "passes", "task_modules"},
     "task_rounds": {
         "batches",

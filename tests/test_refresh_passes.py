@@ -1,6 +1,7 @@
 """What a refresh shows the tasks' modules in its own passes, and what it leaves in them."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
@@ -287,6 +288,39 @@ def test_losses_need_no_gradient_and_may_be_infinite(suite: Suite) -> None:
     for loss, better in ((float("nan"), False), (float("inf"), False), (1.0, True), (1.1, False)):
         done = Round(1, 1.0, {name: 0.9}, {}, losses={name: loss})
         assert done.is_no_worse(before) == better
+
+
+@pytest.mark.parametrize("judge", ["loss", "score"])
+@pytest.mark.parametrize("by", ["training", "solving"])
+def test_a_step_that_destroys_the_model_is_a_worse_one(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, judge: str
+) -> None:
+    refreshing: Any = sys.modules[_Refresh.__module__]  # a function has its name in the package
+    between = refreshing._between
+    spoilt = {1.0}
+
+    def spoiling(before: Any, after: Any, share: float) -> Any:
+        state = between(before, after, share)
+        return {n: t * math.nan for n, t in state.items()} if share in spoilt else state
+
+    monkeypatch.setattr(refreshing, "_between", spoiling)
+    options: dict[str, Any] = {"by": by, "judge": judge, "heads": (1,), "learning_rate": 0.01}
+    module = merged(suite)
+    rounds = refreshed(module, folder=tmp_path, tries=6, rounds=1, **options)
+    assert math.isnan(rounds[1].tried["1.0"]) and rounds[1].step < 1
+    assert all(t.isfinite().all() for t in module.shared_state().values())
+    assert str(refreshed(merged(suite), folder=tmp_path, tries=6, rounds=1, **options)) == str(
+        rounds
+    )
+    spoilt |= {0.5, 0.25}
+    module = merged(suite)
+    rounds = refreshed(module, rounds=1, **options)
+    assert not rounds[1].taken and all(map(math.isnan, rounds[1].tried.values()))
+    wanted = merged(suite)
+    refreshed(wanted, **options | {"rounds": 0})
+    for task in module.tasks:
+        for name, tensor in wanted.state_of(task).items():
+            assert torch.equal(module.state_of(task)[name], tensor), name
 
 
 def test_what_judges_is_what_is_kept_and_told(

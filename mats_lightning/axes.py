@@ -1,6 +1,6 @@
 """Whether the first axis of what a layer is given is the batch's examples, where it can be seen."""
 
-from torch import Tensor, equal
+from torch import Tensor, equal, strided
 
 from mats_lightning.statistics.coverage import CoveredModule
 from mats_lightning.statistics.layers import leaf
@@ -23,6 +23,8 @@ class FirstAxis:
         pairs of them (T5's distances), or the same range in two batches.
         """
         name = covered.name
+        if a.layout != strided:
+            return f"{name} is given a sparse tensor"
         if a.is_nested:
             return f"{name} is given a nested tensor"
         least = 1 if covered.rule.lookup or covered.rule.gradients is leaf else 2

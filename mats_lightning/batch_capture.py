@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mats_lightning.accumulation import Accumulation
 from mats_lightning.batches import (
@@ -21,6 +20,7 @@ from mats_lightning.batches import (
     MaskFn,
     Masks,
     count_examples,
+    coupling,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
@@ -63,7 +63,7 @@ class BatchCapture:
         fit: the sums.
         masks: of a batch.
         resumed: the epochs that had been captured in the checkpoint that the fit resumes from.
-        note: is told what the sidecar is to say.
+        note: is told what the sidecar is to say, if anything.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class BatchCapture:
         fit: Accumulation,
         masks: MaskFn,
         resumed: Sequence[int],
-        note: Callable[[str], None],
+        note: Callable[..., None],
     ) -> None:
         self.cost = Cost()
         self._options, self._fit, self._masks, self._note = options, fit, masks, note
@@ -80,6 +80,7 @@ class BatchCapture:
         self._capture: Capture | None = None
         self._epoch = -1  # that the capture is in
         self._captured = False  # a backward pass of this batch
+        self._first_of_several: Capture | None = None  # that knows of it
         self._tried = False  # the options, on a batch
         self._hooks = ExitStack()
 
@@ -142,10 +143,27 @@ class BatchCapture:
         return divisor / given
 
     def start_backward(self, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Raises MisconfigurationException for losses that their `gradient` weights."""
+        if loss.numel() != 1:
+            raise MisconfigurationException(
+                f"manual_backward is given {loss.numel()} losses at once, and what each of them"
+                " counts cannot be told: give it their sum or mean"
+            )
         if self._capture is not None:
             self._capture.start_backward(loss)
         if self._captured and not pl_module.automatic_optimization:
-            self._note("only the first manual_backward of a batch is captured, not those after it")
+            self._is_first_of_several()
+
+    def _is_first_of_several(self) -> None:
+        """The backward pass that was captured; others come after it in this batch."""
+        self._note("only the first manual_backward of a batch is captured, not those after it")
+        if self._capture is not None and self._capture is not self._first_of_several:
+            self._first_of_several = self._capture
+            self._capture.drop_unreached(
+                "it is not in the first manual_backward of a batch, which is the one captured:"
+                " take its statistics with collect_statistics"
+            )
+            self._warn(self._capture)
 
     def end_backward(self, epoch: int) -> None:
         capture = self._capture
@@ -203,11 +221,7 @@ class BatchCapture:
         self._epoch = epoch
         if self._capture is None or self._capture.statistics is not statistics:
             self._capture = Capture(self._fit.coverage, statistics)
-            if any(isinstance(m, _BatchNorm) and m.training for m in pl_module.modules()):
-                self._note(
-                    "batch normalisation in training mode couples the examples of a batch:"
-                    " statistics of the layers before it are not exact"
-                )
+            self._note(*coupling(pl_module))
         elif begins:
             self._capture.begin_epoch()
         return self._capture
@@ -219,13 +233,16 @@ class BatchCapture:
                 f"no gradient came to a covered layer in a batch of epoch {epoch}, so it is not"
                 " counted"
             )
-        for told in capture.told():
-            rank_zero_warn(f"MaTSStatsCallback leaves statistics out. {told}")
+        self._warn(capture)
         examples, sampling = capture.statistics.examples - before, self._options.sampling
         rows = examples if sampling is None else examples // sampling.draws
         if examples:
             self._fit.count(epoch, rows)
         self.cost.examples += rows
+
+    def _warn(self, capture: Capture) -> None:
+        for told in capture.told():
+            rank_zero_warn(f"MaTSStatsCallback leaves statistics out. {told}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from mats_lightning.statistics.gradients import ExampleGradients
 from mats_lightning.statistics.layers import leaf
 from mats_lightning.statistics.record import BLOCK, DIAGONAL, GRADIENT, KFAC, KINDS
 from mats_lightning.statistics.sums import Sums
-from mats_lightning.verification import GradientCheck
+from mats_lightning.verification import MORE_IN_IT, GradientCheck
 
 
 @dataclass(eq=False)
@@ -137,8 +137,7 @@ class BatchSums:
             self.add_input(given)
         statistics.examples += self.examples
         if self.check is not None:
-            why = "the model uses it without calling its layer, too"
-            self.sums.drop(self.check.differing(self.scale), KINDS, why)
+            self.sums.drop(self.check.differing(self.scale), KINDS, MORE_IN_IT)
         return True
 
     def add_group(self, group: str) -> None:

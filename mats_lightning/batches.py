@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.loss import _Loss
 from torch.utils.data import DataLoader, Subset
 
 # batch -> (N, R), true where a position counts; or {regular expression: such a mask}, for modules
@@ -27,9 +30,10 @@ def batch_size(batch: Any) -> int:
     """
     sizes = {int(tensor.shape[0]) for tensor in _tensors(batch) if tensor.ndim}
     if len(sizes) != 1:
-        found = f"the sizes {sorted(sizes)}" if sizes else "no tensor"
+        none = f"no tensor is found in a {type(batch).__name__}"
+        found = f"its tensors have the sizes {sorted(sizes)}" if sizes else none
         raise ValueError(
-            f"cannot tell how many examples a batch has: its tensors have {found}; pass"
+            f"cannot tell how many examples a batch has: {found}; pass"
             " batch_size_fn=lambda batch: ..."
         )
     return sizes.pop()
@@ -70,6 +74,13 @@ class Masks:
         if isinstance(given, Masks):
             return given
         masks = {"": given} if isinstance(given, Tensor) else dict(given or {})
+        for mask in masks.values():
+            if mask.dtype != torch.bool and bool((mask < 0).any()):
+                raise ValueError(
+                    "a mask has negative values, as one that is added to scores has: true (or 1)"
+                    " is to stand where a position counts; pass"
+                    ' mask_fn=lambda batch: batch["attention_mask"] == 0, or the like'
+                )
         return Masks({pattern: mask.bool() for pattern, mask in masks.items()})
 
     def of_module(self, module: str, shape: Sequence[int]) -> Tensor | None:
@@ -146,7 +157,7 @@ def _column(batch: Any, name: str) -> Any:
 
 def _mask_named(name: str, batch: Any) -> Tensor | None:
     mask = _column(batch, name)
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
@@ -156,8 +167,8 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     batch["labels"] (N, R); "next_token_mean": those in batch["labels"][:, 1:], which a causal
     language model predicts; or a function of the batch (class weights, say).
 
-    Raises ValueError for a mean over labels that the batch does not have, and for "mean" where rows
-    have no label (-100): torch's losses leave these out of their mean.
+    Raises ValueError for a mean over labels that the batch does not have, and for "mean" where some
+    labels are -100: torch's losses leave these out of their mean.
     """
     if callable(reduction):
         return float(reduction(batch))
@@ -165,12 +176,12 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
         return 1.0
     labels = _column(batch, "labels")
     if reduction == "mean":
-        if missing := _without_label(labels):
+        if missing := _left_out(labels):
             raise ValueError(
                 f"loss_reduction='mean' divides by all {examples} examples, and {missing} of the"
                 " batch's labels are -100, which torch's losses leave out of their mean: pass"
-                " loss_reduction='token_mean', or a function of the batch if this loss has another"
-                " divisor"
+                " loss_reduction='token_mean' ('next_token_mean' for a causal language model), or a"
+                " function of the batch that gives this loss's divisor"
             )
         return float(examples)
     if not isinstance(labels, Tensor):
@@ -183,10 +194,10 @@ def loss_divisor(reduction: LossReduction, batch: Any, examples: int) -> float:
     return float(torch.count_nonzero(labels != -100))
 
 
-def _without_label(labels: Any) -> int:
-    """How many rows have none, where each has one class."""
-    one_each = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-    return int(torch.count_nonzero(labels == -100)) if one_each else 0
+def _left_out(labels: Any) -> int:
+    """How many labels, where they are classes."""
+    classes = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return int(torch.count_nonzero(labels == -100)) if classes else 0
 
 
 LOSS_REDUCTIONS = ("mean", "sum", "token_mean", "next_token_mean")
@@ -201,15 +212,44 @@ def check_loss_reduction(reduction: LossReduction) -> None:
         )
 
 
+def coupling(model: nn.Module) -> list[str]:
+    """A note, where a model's batch normalisation is over the examples of a batch."""
+    if any(
+        isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    ):
+        return [
+            "batch normalisation over a batch's own rows couples its examples: statistics of the"
+            " layers before it are not exact"
+        ]
+    return []
+
+
 def check_loss_modules(model: nn.Module, reduction: LossReduction) -> None:
-    """Raises ValueError where "mean" is said of a loss that is a mean by class weights."""
+    """Raises ValueError where "mean" is said of a loss with another divisor.
+
+    A mean by class weights, or without the labels of a class; a sum may be divided later, so of
+    that there is a warning.
+    """
     if reduction != "mean":
         return
     for name, module in model.named_modules():
-        weighted = (
-            isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.weight is not None
-        )
-        if weighted and module.reduction == "mean":
+        if getattr(module, "reduction", None) == "sum" and isinstance(module, _Loss):
+            rank_zero_warn(
+                f"'{name}' is a {type(module).__name__} that gives a sum, and"
+                " loss_reduction='mean' says that the loss is divided by the number of examples:"
+                " pass loss_reduction='sum' unless the training step divides it"
+            )
+        if not isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) or module.reduction != "mean":
+            continue
+        if module.ignore_index != -100:
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__} that leaves the label"
+                f" {module.ignore_index} out of its mean, which is divided by the number of the"
+                " other labels, not of the examples; pass loss_reduction=lambda batch:"
+                f" (labels != {module.ignore_index}).sum(), with the batch's labels"
+            )
+        if module.weight is not None:
             raise ValueError(
                 f"'{name}' is a {type(module).__name__} with class weights: its mean is divided by"
                 " the sum of the labels' weights, not by the number of examples; pass"

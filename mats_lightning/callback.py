@@ -71,7 +71,9 @@ class MaTSStatsCallback(Callback):
             expression: such a mask}, for the modules whose names have it. A mask applies to
             layers whose input has that leading shape. The default takes a Hugging Face batch's
             "attention_mask", and the decoder's too for an encoder-decoder model.
-        batch_size_fn: batch -> number of examples, for batches whose tensors do not agree.
+        batch_size_fn: batch -> number of examples, for batches whose tensors do not agree, and for
+            steps that take other rows than the batch's. Of a CombinedLoader's batch, the rows that
+            stand at one place of all its loaders count as one example.
         max_factor_size: a larger A or G (a vocabulary's, say) is cut into equal blocks along its
             diagonal, or left out where its size has no divisor for it (a prime). A longer vector
             has no block Fisher. What is left out is named.

@@ -13,9 +13,11 @@ examples in another order each time (x and x.flip(0)): an example's gradient is 
 of the calls' rows at its place, so the diagonal and block Fisher are wrong.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from mats_lightning.batches import Masks
 from mats_lightning.broadcast import ExamplesGradient, LookedUpOnce
 from mats_lightning.statistics.coverage import Coverage, CoveredModule
 from mats_lightning.statistics.layers import leaf
-from mats_lightning.statistics.record import BLOCK, DIAGONAL, KFAC, Statistics, finite
+from mats_lightning.statistics.record import BLOCK, DIAGONAL, KFAC, KINDS, Statistics, finite
 from mats_lightning.statistics.sums import Sums
 from mats_lightning.verification import GradientCheck
 
@@ -59,6 +61,7 @@ class Capture:
         # parameters whose gradient has not been compared with autograd's, or was 0
         self._unchecked = {} if statistics.examples else coverage.tensors()
         self._largest = 0.0  # norm of the gradients that have been
+        self._training = coverage.tensors().keys()  # parameters that train between the batches
 
     @contextmanager
     def batch(
@@ -103,6 +106,8 @@ class Capture:
         """
         if self._batch is not None:
             self._batch.backward = True
+            if loss is not None and loss.requires_grad:
+                loss.register_hook(partial(_multiplied, self._batch))
             if loss is not None and not finite(loss.detach()):
                 self._batch.void()
             if self._batch.check is not None:
@@ -130,8 +135,9 @@ class Capture:
         return list({id(p): p for p in both}.values())
 
     def begin_epoch(self) -> None:
-        """The same rows may come again."""
+        """The same rows may come again, and the model may use its parameters otherwise."""
         self._first_axis = FirstAxis()
+        self._unchecked = self.coverage.tensors()
 
     def finish(self) -> bool:
         """The backward pass of the batch has ended: add what is left, count its examples.
@@ -146,6 +152,12 @@ class Capture:
             for name in batch.check.compared():
                 del self._unchecked[name]
         return True
+
+    def drop_unreached(self, why: str) -> None:
+        """Of parameters to which no gradient has come so far."""
+        rows = [row for row in self.coverage.rows.values() if row.statistics]
+        unreached = [row.name for row in rows if not self.coverage.reached(row, self.statistics)]
+        self._sums.drop(unreached, KINDS, why)
 
     def told(self) -> list[str]:
         """What the batches since it was last asked for have shown to be not exact: it is left out.
@@ -166,7 +178,7 @@ class Capture:
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> Tensor | None:
             batch = self._batch
-            if batch is None:
+            if batch is None or module is not covered.module:  # a copy of it has its hooks
                 return None
             everything = (*args, *kwargs.values())
             given = [x for x in everything if isinstance(x, Tensor)]
@@ -187,6 +199,7 @@ class Capture:
                 # Calls without gradient count too: re-entrant checkpointing runs them again.
                 batch.calls[self._owner[covered.name]] += 1
             if not output.requires_grad:
+                self._drop_frozen(covered)
                 return None
             if isinstance(given[0], nn.Parameter):
                 why = f"{covered.name} reads a parameter, which all examples of a batch share"
@@ -207,6 +220,19 @@ class Capture:
 
         return hook
 
+    def _drop_frozen(self, covered: CoveredModule) -> None:
+        """Of parameters that are switched off for this pass alone, as toggle_optimizer does it."""
+        frozen = [
+            parameter
+            for local, parameter in covered.parameters.items()
+            if parameter in self._training and not covered.tensor(local).requires_grad
+        ]
+        why = (
+            "it does not train in the backward pass that is captured (toggle_optimizer?): take its"
+            " statistics with collect_statistics"
+        )
+        self._sums.drop(frozen, KINDS, why)
+
     def _gradient_hook(self, batch: BatchSums, use: Use, g: Tensor) -> None:
         if batch is not self._batch:
             return
@@ -216,6 +242,15 @@ class Capture:
             batch.drop(use.module, why)
         elif batch.backward:  # or else it is of another loss, before the batch's own
             batch.add(use, g)
+
+
+def _multiplied(batch: BatchSums, gradient: Tensor) -> None:
+    """What backward brings to the loss: not 1 where it is told so, or multiplies the loss."""
+    factor = float(gradient)
+    if factor and math.isfinite(factor):
+        batch.scale /= factor
+    else:
+        batch.void()
 
 
 def _made_by(covered: CoveredModule, output: Tensor) -> Tensor:

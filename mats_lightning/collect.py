@@ -19,6 +19,7 @@ from mats_lightning.batches import (
     check_loss_modules,
     check_loss_reduction,
     count_examples,
+    coupling,
     default_masks,
     loss_divisor,
 )
@@ -121,7 +122,7 @@ def collect_statistics(
     mask = mask_fn or default_masks(model)
     reduction: LossReduction = loss_reduction or "mean"
     generators = sampling.generators() if sampling else []
-    rows = 0
+    rows, notes = 0, dict[str, None]()
     with evaluating(model), torch.enable_grad():
         for index, batch in enumerate(_with_progress(batches, progress)):
             batch = to_device(model, batch, device)
@@ -154,6 +155,10 @@ def collect_statistics(
                     counted = capture.finish()
             if GRADIENT in kinds:
                 capture.add_gradients(_named(trainable, gradients), scale)
+            for note in _modes(model):
+                if note not in notes:
+                    rank_zero_warn(f"collect_statistics: {note}; the sidecar says so too")
+                notes[note] = None
             for told in capture.told():
                 rank_zero_warn(f"collect_statistics leaves statistics out. {told}")
             if not counted:
@@ -180,10 +185,17 @@ def collect_statistics(
         kinds=list(kinds),
         epochs=[],
         skipped_batches=0,
-        notes=[],
+        notes=list(notes),
         **fisher_info(sampling),
     )
     return sums
+
+
+def _modes(model: nn.Module) -> list[str]:
+    """Notes on how the model is after a batch."""
+    trains = [name or "the model" for name, module in model.named_modules() if module.training]
+    put = f"a batch's pass put {trains[0]} into training mode" if trains else ""
+    return [*coupling(model), *([put] if put else [])]
 
 
 def _reduction(model: nn.Module, batch: Any, given: LossReduction | None) -> LossReduction:

@@ -89,8 +89,8 @@ class FitCapture:
         self._sums = Accumulation(coverage, options.last_n_epochs, first)
         if before is not None and before._sums.epochs:
             self._note(
-                f"the parameters that train have changed in epoch {trainer.current_epoch}: what was"
-                " captured before is left out"
+                f"the parameters that train, or their layers, have changed in epoch"
+                f" {trainer.current_epoch}: what was captured before is left out"
             )
         if averaging := averaging_callback(trainer):
             self._note(
@@ -179,12 +179,17 @@ class FitCapture:
     def end_training(self, trainer: pl.Trainer) -> None:
         """No epoch comes any more. Collective."""
         self._training_ended = True
-        reached = trainer.current_epoch > (self._sums.first or 0)  # it is the next one by now
-        if reached and not self._sums.any_examples(self._group):
-            self._note(
-                "nothing was captured: no batch of the epochs to capture had a finite loss whose"
-                " gradient came to a covered layer"
+        if self._sums.any_examples(self._group):
+            return
+        first = self._sums.first or 0
+        if trainer.current_epoch > first:  # it is the next one by now
+            why = (
+                "no batch of the epochs to capture had a finite loss whose gradient came to a"
+                " covered layer"
             )
+        else:
+            why = f"the fit ended before epoch {first}, from which on it captures"
+        self._note(f"nothing was captured: {why}")
 
     def end(self, pl_module: pl.LightningModule) -> None:
         """The weights are as the fit leaves them."""
@@ -279,8 +284,7 @@ class FitCapture:
     ) -> Statistics:
         """The sums of all ranks, as they go into a sidecar."""
         statistics, options, notes = sums.statistics, self._options.batches, sums.notes
-        rolls = sums.first is None and sums.examples
-        if rolls and in_middle_of(sums.epoch, trainer, self._training_ended):
+        if sums.examples and in_middle_of(sums.epoch, trainer, self._training_ended):
             part = f"epoch {sums.epoch} had not ended, {sums.examples:.0f} rows of it count"
             notes = [*notes, part]
         info = describe(
@@ -302,5 +306,10 @@ class FitCapture:
         return replace(statistics, info=info)
 
 
-def _which_train(pl_module: pl.LightningModule) -> list[bool]:
-    return [parameter.requires_grad for parameter in pl_module.parameters()]
+def _which_train(pl_module: pl.LightningModule) -> list[tuple[int, int, bool]]:
+    """By identity: a layer may be replaced by another one, or wrapped."""
+    return [
+        (id(module), id(parameter), parameter.requires_grad)
+        for module in pl_module.modules()
+        for parameter in module.parameters(recurse=False)
+    ]

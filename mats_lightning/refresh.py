@@ -13,8 +13,8 @@ labels it takes what the task's own model predicts, unless it is told to use the
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -218,7 +218,8 @@ class _Refresh:
         fitted: dict[str, int] = {}
         if self.plan.heads:
             tried["0"] = self.judge.judged
-            fitted, seconds["heads"] = self._fit_heads([])
+            with _adding_to(seconds, "heads"):
+                fitted = self._fit_heads([])
             seconds["validation"] += self.judge.validate()
             self.heads = self._fitted(fitted)
             what = "losses " if self.judge.losses else ""
@@ -229,8 +230,9 @@ class _Refresh:
 
     def _round(self, number: int, before: list[Round]) -> Round:
         """One round from `self.state`, which is then that after it, like `self.heads`."""
-        result, seconds = self._trained() if self.plan.by == "training" else self._solved(number)
-        seconds |= {"heads": 0.0, "validation": 0.0}
+        seconds = {"heads": 0.0, "validation": 0.0}
+        training = self.plan.by == "training"
+        result = self._trained(seconds) if training else self._solved(number, seconds)
         start, step, tried = self.state, self.plan.step, {}
         whole = step if self.plan.by == "solving" else 1.0  # what the result has gone of it
         for _ in range(self.plan.tries):
@@ -241,8 +243,8 @@ class _Refresh:
             fitted: dict[str, int] = {}
             try:
                 if self.plan.heads:
-                    fitted, took = self._fit_heads(before)
-                    seconds["heads"] += took
+                    with _adding_to(seconds, "heads"):
+                        fitted = self._fit_heads(before)
                 seconds["validation"] += self.judge.validate()
             except NotFinite:  # the step has destroyed the model
                 tried[str(step)] = math.nan
@@ -257,26 +259,23 @@ class _Refresh:
             step /= 2
         return replace(before[-1], number=number, step=0.0, tried=tried, seconds=seconds)
 
-    def _trained(self) -> tuple[MergeResult, dict[str, float]]:
-        """The state after a step, and the seconds."""
-        started = time.perf_counter()
-        state = self.tasks.trained(self.state, self.kept)
-        return MergeResult(state), {"training": time.perf_counter() - started}
+    def _trained(self, seconds: dict[str, float]) -> MergeResult:
+        """The state after a step."""
+        with _adding_to(seconds, "training"):
+            return MergeResult(self.tasks.trained(self.state, self.kept))
 
-    def _solved(self, number: int) -> tuple[MergeResult, dict[str, float]]:
+    def _solved(self, number: int, seconds: dict[str, float]) -> MergeResult:
         """The same by solving."""
         statistics = self.tasks.statistics(number, self.state, self.folder)
-        started = time.perf_counter()
-        result = self._step(statistics)
+        seconds["statistics"] = sum(task.info["seconds"] for task in statistics)
+        with _adding_to(seconds, "solve"):
+            result = self._step(statistics)
         if stay := result.uncovered:
             rank_zero_info(
                 f"refresh: {len(stay)} parameters without a statistic of this objective stay as"
                 f" they are: {', '.join(stay[:4])}{', ...' if len(stay) > 4 else ''}"
             )
-        return result, {
-            "statistics": sum(task.info["seconds"] for task in statistics),
-            "solve": time.perf_counter() - started,
-        }
+        return result
 
     def _step(self, statistics: list[Statistics]) -> MergeResult:
         plan, names = self.plan, list(self.state)
@@ -302,12 +301,11 @@ class _Refresh:
         heads = self.module.own_heads()
         return {name: heads[name] for name in names}
 
-    def _fit_heads(self, rounds: list[Round]) -> tuple[dict[str, int], float]:
-        """To the weights in place: task -> iterations; the seconds."""
-        started = time.perf_counter()
+    def _fit_heads(self, rounds: list[Round]) -> dict[str, int]:
+        """To the weights in place: task -> iterations."""
         fitted, heads = self.tasks.fit_heads(self.judge.score)
         self.module.replace_heads(heads, self._how(rounds))
-        return fitted, time.perf_counter() - started
+        return fitted
 
     def _keep(self, rounds: list[Round]) -> None:
         self.folder.keep(asdict(self.plan), self.about_tasks, rounds, self.state, self.heads)
@@ -323,6 +321,16 @@ class _Refresh:
         """For the model card."""
         plan = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan).items()}
         return plan | {"rounds": sum(done.taken for done in rounds)}
+
+
+@contextmanager
+def _adding_to(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """The time of what is within, whatever ends it."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
 
 
 def _told(rounds: Sequence[Round]) -> str:

@@ -1,11 +1,12 @@
 """A check of the capture on the model at hand: do the examples' gradients add up to the batch's?
 
 They do not where a model uses a parameter without calling its layer, as `F.linear(h, emb.weight)`
-does: nothing but the gradient itself shows it.
+does, or has it in a penalty: nothing but the gradient itself shows it.
 
-Each parameter is compared once, in the first batch in which its gradient is not 0. A use that
-begins in a later batch is not seen. Nor is one in 16 bits whose gradient is small beside the
-model's largest (below 1/8 of its norm in bfloat16, 1/64 in float16): there it may be rounding.
+Each parameter is compared once an epoch, in the first batch in which its gradient is not 0. A use
+that begins later in the epoch is not seen before the next one. Nor is one in 16 bits whose gradient
+is small beside the model's largest (below 1/8 of its norm in bfloat16, 1/64 in float16): there it
+may be rounding.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mats_lightning.statistics.gradients import ExampleGradients
 from mats_lightning.statistics.record import finite
+
+MORE_IN_IT = (
+    "its gradient is not the sum of those that its layer gives: the model uses it without calling"
+    " its layer, a penalty has it, or a hook changes it"
+)
 
 
 class GradientCheck:

@@ -1,6 +1,8 @@
 """What a batch tells: which positions count, for which modules."""
 
+import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +26,12 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from mats_lightning.batches import (
     Masks,
     attention_mask,
+    batch_size,
+    check_loss_modules,
     default_masks,
     encoder_decoder_masks,
     first_rows,
+    loss_divisor,
 )
 from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
@@ -44,6 +49,47 @@ def test_the_first_mask_that_fits_name_and_shape_is_taken() -> None:
     mask = Masks.of(short).of_module("anything", (2, 3))
     assert mask is not None and mask.dtype == torch.bool
     assert Masks.of(masks) is masks
+
+
+@pytest.mark.parametrize("of", ["attention_mask", "decoder_attention_mask", "mask_fn"])
+def test_a_mask_that_is_added_to_scores_is_refused(of: str) -> None:
+    """0 stands where a position counts, the other way round."""
+    keep = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    added = torch.where(keep == 1, 0.0, -1e9)
+    given: Any = added if of == "mask_fn" else encoder_decoder_masks({of: added})
+    with pytest.raises(ValueError, match=r"a mask has negative values.*pass mask_fn="):
+        Masks.of(given)
+    packed = Masks.of(attention_mask({"attention_mask": torch.tensor([[1, 1, 2, 2, 0]])}))
+    assert packed.masks[""].tolist() == [[True, True, True, True, False]]
+
+
+@pytest.mark.parametrize("labels", [[0, -100, 2], [[0, -100], [1, 2]], [[[-100, 3]]]])
+def test_labels_that_are_left_out_are_not_in_a_mean(labels: Any) -> None:
+    batch = {"labels": torch.tensor(labels)}
+    message = "1 of the batch's labels are -100.*'next_token_mean' for a causal language model"
+    with pytest.raises(ValueError, match=message):
+        loss_divisor("mean", batch, 3)
+    assert loss_divisor(lambda batch: 3, batch, 3) == 3
+    assert loss_divisor("mean", {"labels": torch.full((2, 2), -100.0)}, 3) == 3  # a regression's
+
+
+def test_a_batch_without_a_tensor_says_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"no tensor is found in a SimpleNamespace; pass batch_"):
+        batch_size(SimpleNamespace(x=torch.ones(2)))
+
+
+def test_losses_with_another_divisor_than_the_examples() -> None:
+    model = nn.ModuleDict({"loss": nn.CrossEntropyLoss(ignore_index=0)})
+    with pytest.raises(ValueError, match=r"'loss' is a CrossEntropyLoss that leaves the label 0 "):
+        check_loss_modules(model, "mean")
+    check_loss_modules(model, lambda batch: 1.0)
+    summed = nn.ModuleDict({"loss": nn.MSELoss(reduction="sum")})
+    with pytest.warns(UserWarning, match="'loss' is a MSELoss that gives a sum, and loss_reduct"):
+        check_loss_modules(summed, "mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_loss_modules(summed, "sum")
+        check_loss_modules(nn.CrossEntropyLoss(ignore_index=0, reduction="none"), "mean")
 
 
 def test_a_mask_is_that_of_all_positions_as_rows_too() -> None:

@@ -53,6 +53,7 @@ from mats_lightning import (
 )
 from mats_lightning.sidecar import check_belongs
 from mats_lightning.statistics import factors
+from mats_lightning.verification import MORE_IN_IT
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -277,7 +278,7 @@ def test_a_weight_gradient_that_overflows_is_checked_later(tmp_path: Path) -> No
     info = load_statistics(next(tmp_path.rglob("*.ckpt"))).info
     assert info["skipped_batches"] == 0
     reasons = {row["name"]: row["reason"] for row in info["coverage"]}
-    assert reasons["model.first.weight"] == "the model uses it without calling its layer, too"
+    assert reasons["model.first.weight"] == MORE_IN_IT
     assert reasons["model.second.weight"] == ""
 
 
@@ -313,7 +314,8 @@ def tagged() -> list[Batch]:
 
 
 REDUCTIONS: dict[str, tuple[Any, Callable[[Tensor, Batch], Tensor]]] = {
-    "mean": ("mean", lambda losses, batch: losses.mean()),
+    # the mean of sums over tokens, which "mean" is not said of where labels are -100
+    "examples": (lambda batch: len(batch["labels"]), lambda losses, batch: losses.mean()),
     "sum": ("sum", lambda losses, batch: losses.sum()),
     "token_mean": (
         "token_mean",
@@ -334,7 +336,10 @@ def test_the_reduction_of_the_loss_is_undone(reduction: str, tmp_path: Path) -> 
 
 def test_the_mask_is_a_function_of_the_batch(tmp_path: Path) -> None:
     module = Module(Tagger())
-    callback = MaTSStatsCallback(mask_fn=lambda batch: (batch["labels"] != -100).long())
+    callback = MaTSStatsCallback(
+        mask_fn=lambda batch: (batch["labels"] != -100).long(),
+        loss_reduction=lambda batch: len(batch["labels"]),
+    )
     fit(module, tagged(), tmp_path, callback, precision="64-true")
     wanted = expected(
         module.double().model, tagged(), root=module, mask=lambda batch: batch["labels"] != -100
@@ -634,9 +639,11 @@ def test_a_fit_in_which_nothing_is_captured_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no examples: .* \(nothing was captured"):
         load_statistics(path)
     callbacks = [MaTSStatsCallback(), StopsAtEpoch(0)]  # before the window
-    trainer = fit(Without(0), batches, tmp_path, *callbacks, max_epochs=2)
+    note = "nothing was captured: the fit ended before epoch 1, from which on it captures"
+    with pytest.warns(UserWarning, match=note):
+        trainer = fit(Without(0), batches, tmp_path, *callbacks, max_epochs=2)
     trainer.save_checkpoint(path)
-    with pytest.raises(ValueError, match=r"\(last_n_epochs\), or its sums were left out;"):
+    with pytest.raises(ValueError, match=rf"holds no examples: .* \({note}\)"):
         load_statistics(path)
 
 
@@ -915,7 +922,10 @@ def test_layers_that_are_unfrozen_in_the_fit_have_statistics(epoch: int, tmp_pat
 def test_what_was_captured_before_layers_were_unfrozen_is_left_out(tmp_path: Path) -> None:
     module, callback = Module(MLP()), MaTSStatsCallback(last_n_epochs=2)
     options: dict[str, Any] = {"precision": "64-true", "max_epochs": 2}
-    note = "the parameters that train have changed in epoch 1: what was captured before is left out"
+    note = (
+        "the parameters that train, or their layers, have changed in epoch 1: what was captured"
+        " before is left out"
+    )
     with pytest.warns(UserWarning, match=note):
         fit(module, vectors(), tmp_path, Unfreezing(1, 1), callback, **options)
     assert_equals(callback.statistics, oracle(module, vectors()[1:]), 1e-9, [])
@@ -1545,12 +1555,16 @@ class Normalised(MLP):
 
 
 def test_batch_normalisation_is_noted_where_it_trains(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="batch normalisation in training mode couples"):
+    with pytest.warns(UserWarning, match="batch normalisation over a batch's own rows couples"):
         fit(Module(Normalised()), in_single(vectors()), tmp_path / "train", MaTSStatsCallback())
     (note,) = load_statistics(next((tmp_path / "train").rglob("*.ckpt"))).info["notes"]
     assert note.startswith("batch normalisation")
     fit(Module(Normalised().eval()), in_single(vectors()), tmp_path / "eval", MaTSStatsCallback())
     assert load_statistics(next((tmp_path / "eval").rglob("*.ckpt"))).info["notes"] == []
+    without = Normalised().eval()
+    without.batch_norm = nn.BatchNorm1d(5, track_running_stats=False).eval()
+    with pytest.warns(UserWarning, match="batch normalisation over a batch's own rows couples"):
+        fit(Module(without), in_single(vectors()), tmp_path / "none", MaTSStatsCallback())
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,42 @@ def test_dropout_is_off() -> None:
     assert_equals(found, expected(model.eval(), texts()), 1e-9, [])
 
 
+class Normalised(nn.Sequential):
+    """`trains`: the pass puts it into training mode itself."""
+
+    def __init__(self, trains: bool, running: bool) -> None:
+        norm = nn.BatchNorm1d(5, track_running_stats=running)
+        super().__init__(nn.Linear(6, 5), norm, nn.Linear(5, 3))
+        self.trains = trains
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.trains:
+            self[1].train()
+        return F.cross_entropy(super().forward(batch["x"]), batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("trains", "running", "noted"),
+    [
+        (False, True, []),
+        (False, False, ["batch normalisation"]),
+        (True, True, ["batch normalisation", "a batch's pass put 1 into training mode"]),
+    ],
+)
+def test_what_is_not_as_in_eval_mode_is_noted(
+    trains: bool, running: bool, noted: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Normalised(trains, running).double()
+    found = collect_statistics(
+        model, vectors(), loss_fn=lambda model, batch: model(batch), progress=False
+    )
+    notes = found.info["notes"]
+    assert len(notes) == len(noted)
+    said = [str(w.message) for w in recwarn if "sidecar says so" in str(w.message)]
+    assert said == [f"collect_statistics: {note}; the sidecar says so too" for note in notes]
+    assert all(note.startswith(start) for note, start in zip(notes, noted, strict=True))
+
+
 class Module(L.LightningModule):
     """Its own hooks move a batch, and it logs."""
 

@@ -15,6 +15,7 @@ from mats_lightning import collect_statistics
 from mats_lightning.batches import Masks
 from mats_lightning.capture import Capture
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
+from mats_lightning.verification import MORE_IN_IT
 
 
 class WithPositions(nn.Module):
@@ -258,7 +259,7 @@ def test_a_gradient_that_is_0_at_first_is_checked_later() -> None:
     nn.init.ones_(model.up.weight)
     capture_batch(capture, model, second)
     assert coverage.rows["down.weight"].statistics == []
-    assert "without calling its layer" in coverage.rows["down.weight"].reason
+    assert coverage.rows["down.weight"].reason == MORE_IN_IT
     assert sorted(statistics.diagonal_fisher) == ["head.bias", "head.weight"]
 
 
@@ -292,6 +293,21 @@ def test_layers_that_read_one_tensor_have_masks_of_their_own() -> None:
     assert found.inputs["left"] == found.inputs["head"] != found.inputs["right"]
 
 
+def test_a_sparse_input_is_named() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Linear(D, 4), nn.Linear(4, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return classified(self.head(self.words(batch["x"].to_sparse()).tanh()), batch)
+
+    found, coverage = captured(Bag().double(), vectors())
+    reason = "words is given a sparse tensor"
+    assert coverage.uncovered == {"words.weight": reason, "words.bias": reason}
+    assert list(found.kfac) == ["head"]
+
+
 def test_what_is_left_out_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
     model = Added().double()
     nn.init.ones_(model.up.weight)
@@ -300,5 +316,5 @@ def test_what_is_left_out_is_said_once(recwarn: pytest.WarningsRecorder) -> None
         model, batches, loss_fn=lambda model, batch: model(batch).mean(), progress=False
     )
     said = [str(w.message) for w in recwarn if "leaves statistics out" in str(w.message)]
-    reason = "the model uses it without calling its layer, too"
-    assert said == [f"collect_statistics leaves statistics out. up.weight, down.weight: {reason}"]
+    about = "up.weight, down.weight"
+    assert said == [f"collect_statistics leaves statistics out. {about}: {MORE_IN_IT}"]

@@ -177,7 +177,7 @@ def noted(folder: Path, rank: int) -> None:
     callbacks = [MaTSStatsCallback()]
     module = TrainsItsNorm(Normalised().eval())
     if rank == 0:
-        with pytest.warns(UserWarning, match="batch normalisation in training mode couples"):
+        with pytest.warns(UserWarning, match="batch normalisation over a batch's own rows couples"):
             together(module, vectors(SIZES), folder, *callbacks)
     else:
         together(module, vectors(SIZES), folder, *callbacks)

@@ -316,6 +316,7 @@ def test_a_step_that_destroys_the_model_is_a_worse_one(
     module = merged(suite)
     rounds = refreshed(module, rounds=1, **options)
     assert not rounds[1].taken and all(map(math.isnan, rounds[1].tried.values()))
+    assert rounds[1].seconds["heads"] > 0  # of fits that came to nothing
     wanted = merged(suite)
     refreshed(wanted, **options | {"rounds": 0})
     for task in module.tasks:

@@ -259,7 +259,7 @@ class Coverage:
         rows = []
         for row in self.rows.values():
             kinds, reason = row.statistics, row.reason
-            if statistics.examples and kinds and not self._reached(row, statistics):
+            if statistics.examples and kinds and not self.reached(row, statistics):
                 kinds = [kind for kind in kinds if kind in (DIAGONAL, BLOCK, GRADIENT)]
                 reason = "no gradient reached it in the captured batches"
             rows.append(
@@ -267,7 +267,8 @@ class Coverage:
             )
         return rows
 
-    def _reached(self, row: ParameterCoverage, statistics: Statistics) -> bool:
+    def reached(self, row: ParameterCoverage, statistics: Statistics) -> bool:
+        """Whether a gradient has come to a parameter that has a statistic."""
         if {GRAM, KFAC} & set(row.statistics):
             return row.module in statistics.positions
         return any(bool(statistics.tensors[f"{k}/{row.name}"].any()) for k in row.statistics)

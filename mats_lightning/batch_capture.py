@@ -20,11 +20,11 @@ from mats_lightning.batches import (
     MaskFn,
     Masks,
     count_examples,
-    coupling,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
 from mats_lightning.cost import Cost
+from mats_lightning.model_checks import coupling
 from mats_lightning.sampled import Sampling, capture_sampled, logits_and_mask, unchanged_buffers
 from mats_lightning.statistics import Statistics
 from mats_lightning.training import resumes_exactly

@@ -16,14 +16,13 @@ from mats_lightning.batches import (
     LossReduction,
     MaskFn,
     Masks,
-    check_loss_modules,
     check_loss_reduction,
     count_examples,
-    coupling,
     default_masks,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
+from mats_lightning.model_checks import check_loss_modules, coupling
 from mats_lightning.names import plain_name
 from mats_lightning.passes import LossFn, check_finite, evaluating, loss_of, to_device
 from mats_lightning.sampled import (

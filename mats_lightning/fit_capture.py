@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from mats_lightning.accumulation import Accumulation
 from mats_lightning.batch_capture import BatchCapture, BatchOptions
-from mats_lightning.batches import MaskFn, check_loss_modules, default_masks
+from mats_lightning.batches import MaskFn, default_masks
+from mats_lightning.model_checks import check_loss_modules
 from mats_lightning.names import plain_name
 from mats_lightning.sampled import fisher_info
 from mats_lightning.sidecar import describe, name_of

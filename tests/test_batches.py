@@ -27,13 +27,13 @@ from mats_lightning.batches import (
     Masks,
     attention_mask,
     batch_size,
-    check_loss_modules,
     default_masks,
     encoder_decoder_masks,
     first_rows,
     loss_divisor,
 )
 from mats_lightning.capture import Capture
+from mats_lightning.model_checks import check_loss_modules
 from mats_lightning.statistics import KINDS, Statistics, find_coverage
 
 

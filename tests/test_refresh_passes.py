@@ -379,7 +379,7 @@ def test_the_evidence_of_the_last_solve_stays(
 def test_an_interrupted_round_leaves_the_evidence_too(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: _Refresh, number: int) -> None:
+    def stop(self: _Refresh, *arguments: Any) -> None:
         raise KeyboardInterrupt
 
     module = merged(suite)

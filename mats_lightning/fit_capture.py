@@ -307,10 +307,14 @@ class FitCapture:
         return replace(statistics, info=info)
 
 
-def _which_train(pl_module: pl.LightningModule) -> list[tuple[int, int, bool]]:
-    """By identity: a layer may be replaced by another one, or wrapped."""
+def _which_train(pl_module: pl.LightningModule) -> list[tuple[int, int]]:
+    """Layers and parameters by identity, since one may be replaced by another of its name.
+
+    What does not train may come and go, as a teacher that is copied in each step does.
+    """
     return [
-        (id(module), id(parameter), parameter.requires_grad)
+        (id(module), id(parameter))
         for module in pl_module.modules()
         for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
     ]

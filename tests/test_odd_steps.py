@@ -244,6 +244,24 @@ def test_a_layer_that_is_replaced_in_the_window(tmp_path: Path) -> None:
     assert_equals(callback.statistics, oracle(module, vectors()), 1e-9, [])
 
 
+def test_a_teacher_that_is_copied_in_each_step_restarts_nothing(tmp_path: Path) -> None:
+    class Following(Module):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+            return self.loss(batch)
+
+        def on_train_end(self) -> None:
+            del self.teacher  # which has copies of hooks
+
+    module, callback = Following(MLP()), MaTSStatsCallback()
+    fit(module, vectors(UNEVEN), tmp_path, callback, **DOUBLE)
+    root = nn.Module()
+    root.model = module.model
+    wanted = expected(root.model, vectors(UNEVEN), root=root)
+    assert_equals(callback.statistics, wanted, 1e-9, [])
+    assert load_statistics(next(tmp_path.rglob("*.ckpt"))).info["notes"] == []
+
+
 def test_a_use_that_begins_in_a_later_epoch_is_named(tmp_path: Path) -> None:
     class Later(Module):
         def loss(self, batch: Batch) -> Tensor:

@@ -230,9 +230,9 @@ class MaTSStatsCallback(Callback):
             self._fit.end_batch(pl_module)
 
     @override
-    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._fit is not None:
-            self._fit.close()  # the module's on_train_batch_start may have ended the epoch
+            self._fit.end_epoch(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -20,7 +20,7 @@ from mats_lightning.sampled import fisher_info
 from mats_lightning.sidecar import describe, name_of
 from mats_lightning.statistics import Statistics, find_coverage
 from mats_lightning.statistics.digest import digest
-from mats_lightning.training import averaging_callback, in_middle_of
+from mats_lightning.training import averaging_callback, in_middle_of, ran_out
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class FitCapture:
         self._masks = options.mask_fn or default_masks(pl_module)
         self._ended: dict[str, str] | None = None  # digest of the weights when the fit ended
         self._training_ended = self._interrupted = False
+        self._ran_out: int | None = None  # the epoch that its data loader has ended
         coverage = find_coverage(
             pl_module,
             options.kinds,
@@ -177,6 +178,12 @@ class FitCapture:
         self._interrupted = True
         self.close()
 
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """Its batches are all through."""
+        self.close()  # the module's on_train_batch_start may have ended the epoch
+        if ran_out(trainer):
+            self._ran_out = trainer.current_epoch
+
     def end_training(self, trainer: pl.Trainer) -> None:
         """No epoch comes any more. Collective."""
         self._training_ended = True
@@ -285,7 +292,8 @@ class FitCapture:
     ) -> Statistics:
         """The sums of all ranks, as they go into a sidecar."""
         statistics, options, notes = sums.statistics, self._options.batches, sums.notes
-        if sums.examples and in_middle_of(sums.epoch, trainer, self._training_ended):
+        in_middle = in_middle_of(sums.epoch, trainer, self._training_ended)
+        if sums.examples and in_middle and sums.epoch != self._ran_out:
             part = f"epoch {sums.epoch} had not ended, {sums.examples:.0f} rows of it count"
             notes = [*notes, part]
         info = describe(

@@ -72,6 +72,15 @@ def in_middle_of(epoch: int, trainer: pl.Trainer, ended: bool) -> bool:
     return epoch == latest and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
+def ran_out(trainer: pl.Trainer) -> bool:
+    """Whether the data loader ended the epoch that ends now, before as many batches as it has.
+
+    Its length may be a guess, or it resumed from another place than Lightning. No batch was the
+    last one to Lightning then.
+    """
+    return not trainer.fit_loop.epoch_loop.done
+
+
 def averaging_callback(trainer: pl.Trainer) -> Callback | None:
     """The one that puts averaged weights into the checkpoints, if there is one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

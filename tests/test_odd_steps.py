@@ -1,7 +1,7 @@
 """Training steps that few write, against brute force; what is wrong of them is left out or said."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +288,21 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_of_the_window_says_so(tmp_path: 
         5: ["epoch 1 had not ended, 8 rows of it count"],
         6: [],
     }
+
+
+def test_an_epoch_of_fewer_batches_than_its_loader_says_has_ended(tmp_path: Path) -> None:
+    class Guessed:
+        def __len__(self) -> int:
+            return len(vectors()) + 1
+
+        def __iter__(self) -> Iterator[Batch]:
+            return iter(vectors())
+
+    trainer = fit(Module(MLP()), Guessed(), tmp_path, MaTSStatsCallback(), **DOUBLE)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    paths = list(tmp_path.rglob("*.ckpt"))
+    assert len(paths) == 2
+    for path in paths:
+        found = load_statistics(path)
+        assert found.info["notes"] == []
+        assert found.examples == sum(len(b["labels"]) for b in vectors())

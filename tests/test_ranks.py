@@ -315,7 +315,7 @@ def test_what_one_rank_has_dropped_is_dropped(left: Path) -> None:
 
 def test_what_one_rank_has_noted_is_noted(left: Path) -> None:
     (note,) = only(left / "noted").info["notes"]
-    assert note.startswith("batch normalisation in training mode")
+    assert note.startswith("batch normalisation over a batch's own rows couples its examples")
 
 
 def test_what_one_rank_has_skipped_is_counted(left: Path) -> None:
